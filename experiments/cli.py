@@ -1,0 +1,93 @@
+"""The command line: `tts <verb>`; every verb is a dataclass of options and a function.
+
+Options may come from a YAML file (`--config FILE`) and are overridden by flags; nested ones are
+dotted (`--training.loss jsd`). Dashes and underscores are the same in flag names.
+"""
+
+import importlib
+import json
+import sys
+from typing import Any, NamedTuple
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from tts.errors import UserError
+
+
+class Verb(NamedTuple):
+    """Where a verb's options and function are; imported only when the verb is used."""
+
+    module: str
+    options: str
+    function: str
+    help: str
+
+
+VERBS = {
+    "selftext": Verb(
+        "experiments.distill_offline", "SelfText", "selftext", "let the target write training text"
+    ),
+    "distill-offline": Verb(
+        "experiments.distill_offline", "DistillOffline", "distill_offline", "train a draft"
+    ),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        return _run(arguments)
+    except UserError as error:
+        print(f"tts: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("tts: interrupted; what was measured is written", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] not in VERBS:
+        return _usage(arguments)
+    verb = VERBS[arguments[0]]
+    module = importlib.import_module(verb.module)
+    options = getattr(module, verb.options)
+    parser = ArgumentParser(prog=f"tts {arguments[0]}", exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser.add_class_arguments(options)
+    try:
+        parsed = parser.parse_args([_normalised(argument) for argument in arguments[1:]])
+        values = parser.instantiate_classes(parsed).as_dict()
+    except ArgumentError as error:
+        raise UserError(" ".join(str(error).split())) from None
+    values.pop("config", None)
+    summary = getattr(module, verb.function)(options(**values))
+    print(json.dumps(summary))
+    return 0
+
+
+def _usage(arguments: list[str]) -> int:
+    width = max(map(len, VERBS))
+    lines = [f"  {name:{width}}  {verb.help}" for name, verb in VERBS.items()]
+    text = "usage: tts VERB [options]   (tts VERB --help lists them)\n\n" + "\n".join(lines)
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(text)
+        return 0
+    wrong = f"tts: {arguments[0]!r} is not a verb\n" if arguments else ""
+    print(wrong + text, file=sys.stderr)
+    return 2
+
+
+def _normalised(argument: str) -> str:
+    """--max-new-tokens as --max_new_tokens, and --no-x as --x=false."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    name = name.replace("-", "_")
+    if name.startswith("no_") and not equals:
+        return f"--{name[3:]}=false"
+    return f"--{name}{equals}{value}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

