@@ -7,7 +7,7 @@ dotted (`--training.loss jsd`). Dashes and underscores are the same in flag name
 import importlib
 import json
 import sys
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jsonargparse import ArgumentError, ArgumentParser
 

@@ -1,1 +1,24 @@
-"""Test-time speculation: decode, verify, learn."""
+"""Test-time speculation: lossless speculative decoding that learns while it decodes."""
+
+from importlib import import_module
+from typing import Any
+
+_PUBLIC = {
+    "Conversation": "tts.conversation",
+    "GenerationResult": "tts.engine",
+    "ModelPair": "tts.models",
+    "Session": "tts.engine",
+    "SpeculativeDecoder": "tts.engine",
+    "UserError": "tts.errors",
+    "load_pair": "tts.models",
+    "load_target": "tts.models",
+}
+
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `import tts` alone loads neither torch nor transformers."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'tts' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)

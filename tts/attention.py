@@ -41,8 +41,7 @@ def attention(
     rows, context = query.shape[2], key.shape[2]
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    short = rows <= MAX_SHORT_ROWS and query.shape[0] == 1 and query.device.type == "cpu"
-    if short and attention_mask is None:
+    if rows <= MAX_SHORT_ROWS and attention_mask is None and query.device.type == "cpu":
         return _few_rows(query, key, value, scaling).transpose(1, 2), None
     causal = attention_mask is None and rows > 1
     if causal and context > rows:
@@ -67,17 +66,18 @@ def attention(
 def _few_rows(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    _, heads, rows, head_dim = query.shape
+    batch, heads, rows, head_dim = query.shape
     key_heads, context = key.shape[1], key.shape[2]
     shared = heads // key_heads  # query heads that share a key head
-    grouped = (query * scaling).reshape(key_heads, shared * rows, head_dim)
+    grouped = (query * scaling).reshape(batch * key_heads, shared * rows, head_dim)
     # keys are the left operand because that is the one oneDNN streams without repacking
-    scores = torch.bmm(key[0], grouped.transpose(1, 2)).transpose(1, 2).contiguous()
+    scores = torch.bmm(key.flatten(0, 1), grouped.transpose(1, 2)).transpose(1, 2).contiguous()
     if rows > 1:
-        block = scores.view(key_heads, shared, rows, context)[..., context - rows :]
+        block = scores.view(-1, shared, rows, context)[..., context - rows :]
         future = torch.ones(rows, rows, dtype=torch.bool, device=query.device).triu(1)
         block.masked_fill_(future, float("-inf"))
-    return torch.bmm(scores.softmax(-1), value[0]).view(1, heads, rows, head_dim)
+    output = torch.bmm(scores.softmax(-1), value.flatten(0, 1))
+    return output.view(batch, heads, rows, head_dim)
 
 
 def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:

@@ -7,6 +7,8 @@ from transformers import PreTrainedModel
 
 from tts.cache import RollbackCache
 
+CHUNK = 512  # a long prompt is fed in pieces, which bounds the attention mask
+
 
 class Rows(NamedTuple):
     """What a model says after each of its last fed tokens."""
@@ -33,9 +35,16 @@ class CachedModel:
         self._since_mark: list[int] = []
         self._snapshot = self.cache.snapshot()
 
-    @torch.inference_mode()
     def feed(self, tokens: list[int], keep: int = 1) -> Rows:
         """Append ``tokens`` and return the rows of the last ``keep`` of them."""
+        last = max(keep, CHUNK)
+        while len(tokens) > last:
+            self._pass(tokens[:CHUNK], 1)
+            tokens = tokens[CHUNK:]
+        return self._pass(tokens, keep)
+
+    @torch.inference_mode()
+    def _pass(self, tokens: list[int], keep: int) -> Rows:
         rows = len(tokens)
         device = self.model.device
         reduced = {} if self.columns is None else {"full_width": False}

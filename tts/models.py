@@ -1,7 +1,7 @@
 """Load target and draft: by hub id, local folder, or the alias of a packaged model.
 
-    pair = load_pair("smollm2-135m")
-    pair = load_pair("Qwen/Qwen3-8B", "Qwen/Qwen3-0.6B", dtype="bfloat16", device="cuda")
+pair = load_pair("smollm2-135m")
+pair = load_pair("Qwen/Qwen3-8B", "Qwen/Qwen3-0.6B", dtype="bfloat16", device="cuda")
 """
 
 import importlib.metadata

@@ -27,12 +27,12 @@ def pack(model: nn.Module) -> None:
     The plain weight stays: embeddings may be tied to it, and gradients need it. Inference only;
     call again after writing to the weights.
     """
-    for linear in model.modules():
-        if type(linear) in (nn.Linear, PackedLinear) and can_pack(
-            linear.weight.device, linear.weight.dtype
-        ):
-            linear.__class__ = PackedLinear
-            linear.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
+    for module in model.modules():
+        if type(module) is nn.Linear or isinstance(module, PackedLinear):
+            weight = module.weight.detach()
+            if can_pack(weight.device, weight.dtype):
+                module.__class__ = PackedLinear
+                module.packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
 
 
 class PackedLinear(nn.Linear):

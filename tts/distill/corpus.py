@@ -1,11 +1,12 @@
 """Text that the target wrote itself, as token ids: what an offline draft is trained on.
 
-One safetensors file: ``tokens`` [N] all sequences end to end; ``offsets`` int64 [S+1], sequence i is
-tokens[offsets[i]:offsets[i+1]]; and which tokens the target generated as the assistant, either as
-``generated`` uint8 [N] or, where only the tail of each sequence is, ``assistant_start`` int32 [S].
+One safetensors file: ``tokens`` [N] all sequences end to end; ``offsets`` int64 [S+1], sequence i
+is tokens[offsets[i]:offsets[i+1]]; and which tokens the target generated as the assistant, either
+as ``generated`` uint8 [N] or, where it is the tail of each sequence, ``assistant_start`` int32 [S].
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -40,9 +41,7 @@ def load_corpus(paths: list[Path], length: int) -> Corpus:
     counts: list[torch.Tensor] = []
     for path in paths:
         for sequence, generated in _sequences(path):
-            for piece, flags in zip(
-                sequence.split(length), generated.split(length), strict=True
-            ):
+            for piece, flags in zip(sequence.split(length), generated.split(length), strict=True):
                 if flags[1:].any():
                     pad = length - len(piece)
                     tokens.append(torch.nn.functional.pad(piece, (0, pad)))
@@ -76,16 +75,11 @@ def _sequences(path: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
             generated = arrays["generated"].bool()
         else:
             starts = arrays["assistant_start"].tolist()
-            for start, end, answer in zip(offsets, offsets[1:], starts, strict=False):
+            for (start, end), answer in zip(pairwise(offsets), starts, strict=True):
                 generated[start + answer : end] = True
     except FileNotFoundError:
         raise UserError(f"corpus: no file {path}: make one with `tts selftext`") from None
     except (SafetensorError, KeyError) as error:
         raise UserError(f"corpus: {path} is not a self-text file ({error})") from None
-    return list(
-        zip(
-            tokens.split([b - a for a, b in zip(offsets, offsets[1:], strict=False)]),
-            generated.split([b - a for a, b in zip(offsets, offsets[1:], strict=False)]),
-            strict=True,
-        )
-    )
+    lengths = [end - start for start, end in pairwise(offsets)]
+    return list(zip(tokens.split(lengths), generated.split(lengths), strict=True))

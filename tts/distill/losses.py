@@ -53,9 +53,7 @@ def jsd(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     """Jensen-Shannon divergence of q and the renormalised p."""
     log_p = log_p.log_softmax(-1)
     log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0))
-    return 0.5 * (
-        (log_p.exp() * (log_p - log_m)).sum(-1) + (log_q.exp() * (log_q - log_m)).sum(-1)
-    )
+    return 0.5 * ((log_p.exp() * (log_p - log_m)).sum(-1) + (log_q.exp() * (log_q - log_m)).sum(-1))
 
 
 LOSSES: dict[str, Loss] = {

@@ -16,20 +16,22 @@ from tts.chat import ChatFormat
 from tts.errors import UserError
 
 OPENERS = """\
-Write a Python function that|Write a Python program to|Write a short story about|Continue the story:
-Tell me about|Explain how|Explain why|Explain the difference between|What is|What are|Why do|How do I
-How can I|How does|Who was|When did|Where is|Can you|Could you explain|Please help me|I need help with
-Solve the following problem:|A train leaves|If a shop sells|Calculate|What is the sum of|Find the value
-Prove that|Summarize the following text:|Rewrite this sentence:|Correct the grammar:|Translate
-Write a letter to|Write an email to my|Write a formal complaint|Write a cover letter for|Write a poem
-Write a dialogue between|Write a speech about|Write a product description for|Write a recipe for
-Give me a list of|List ten|Give me five ideas for|Give me tips for|Make a plan for|Make a table of
-Compare|Describe|Describe a day in the life of|Imagine|Suggest|Recommend|Design|Outline|Create a quiz
-What happens next?|Now make it longer.|Go on.|Can you give an example?|Say that in simpler words.
-And what about|Now write a test for|Add a second character who|Change the ending so that|Why is that?
-Implement a class|Debug this code:|What does this code do?|Write an SQL query|Write a JavaScript function
-Write a function in C|Convert|Simplify|How many|Which is better,|What are the advantages of
-I am planning a trip to|My friend|Our team|In this essay,|Discuss|Analyze|Argue for|Brainstorm|Teach me"""
+Write a Python function that|Write a Python program to|Write a short story about
+Continue the story:|Tell me about|Explain how|Explain why|Explain the difference between|What is
+What are|Why do|How do I|How can I|How does|Who was|When did|Where is|Can you|Could you explain
+Please help me|I need help with|Solve the following problem:|A train leaves|If a shop sells
+Calculate|What is the sum of|Find the value|Prove that|Summarize the following text:
+Rewrite this sentence:|Correct the grammar:|Translate|Write a letter to|Write an email to my
+Write a formal complaint|Write a cover letter for|Write a poem|Write a dialogue between
+Write a speech about|Write a product description for|Write a recipe for|Give me a list of
+List ten|Give me five ideas for|Give me tips for|Make a plan for|Make a table of|Compare
+Describe|Describe a day in the life of|Imagine|Suggest|Recommend|Design|Outline|Create a quiz
+What happens next?|Now make it longer.|Go on.|Can you give an example?
+Say that in simpler words.|And what about|Now write a test for|Add a second character who
+Change the ending so that|Why is that?|Implement a class|Debug this code:
+What does this code do?|Write an SQL query|Write a JavaScript function|Write a function in C
+Convert|Simplify|How many|Which is better,|What are the advantages of|I am planning a trip to
+My friend|Our team|In this essay,|Discuss|Analyze|Argue for|Brainstorm|Teach me"""
 
 
 @dataclass(frozen=True)

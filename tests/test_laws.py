@@ -1,0 +1,137 @@
+"""Rejection sampling keeps the target's law, tested against exact enumeration; errors do not."""
+
+from itertools import product
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from transformers import GenerationConfig
+
+from tests import tiny
+from tts.drafting.autoregressive import AutoregressiveDrafter
+from tts.drafting.protocol import Proposal
+from tts.engine import SpeculativeDecoder
+from tts.policy import RoundOutcome
+from tts.sampling import Distribution, Warper
+from tts.settings import resolve
+
+VOCAB, LENGTH = 8, 3
+PROMPT = [3, 1]
+CONFIG = GenerationConfig(
+    max_new_tokens=LENGTH, do_sample=True, temperature=1.2, top_k=0, top_p=0.95,
+    repetition_penalty=1.2,
+)  # fmt: skip
+ALPHA = 1e-3  # the seeds are fixed, so a pass stays a pass
+
+
+class Mixed:
+    """Plans gamma 1, 2, 3 in turn and stops early after an unsure token, which stays drafted."""
+
+    def __init__(self):
+        self.rounds = 0
+
+    def plan(self, state):
+        return min(1 + self.rounds % 3, state.limit)
+
+    def proceed(self, state, signals):
+        return signals.probability > 0.3
+
+    def observe(self, outcome: RoundOutcome):
+        self.rounds += 1
+
+
+def small_pair():
+    target = tiny.model("llama3.1", vocab=VOCAB, layers=1)
+    return tiny.ModelPair(target, tiny.noisy(target, 0.5), tiny.tokenizer(VOCAB), "tiny")
+
+
+def exact_law(pair):
+    """Probability of each of the VOCAB ** LENGTH continuations under the warped target."""
+    sampling, _ = resolve(pair.target, CONFIG, len(PROMPT))
+    warp = Warper(sampling, len(PROMPT))
+    law = {}
+    for tail in product(range(VOCAB), repeat=LENGTH):
+        sequence = [*PROMPT, *tail]
+        logits = pair.target(torch.tensor([sequence])).logits[0, len(PROMPT) - 1 : -1]
+        rows = warp(logits, sequence, len(PROMPT))
+        law[tail] = rows.of(torch.tensor(tail)[:, None]).prod().item()
+    assert sum(law.values()) == pytest.approx(1, abs=1e-5)
+    return law
+
+
+def p_value(pair, samples, decoder_of):
+    """Chi-square of sampled continuations against the exact law, rare cells pooled."""
+    law = exact_law(pair)
+    counts = dict.fromkeys(law, 0)
+    decoder = decoder_of(pair)
+    for seed in range(samples):
+        result = decoder.generate(torch.tensor([PROMPT]), generation_config=CONFIG, seed=seed)
+        counts[tuple(result.tokens)] += 1
+    common = [t for t in law if law[t] * samples >= 5]
+    rest = [t for t in law if t not in common]
+    observed = [counts[t] for t in common]
+    expected = [law[t] * samples for t in common]
+    if rest:
+        observed.append(sum(counts[t] for t in rest))
+        expected.append(samples - sum(expected))
+    if expected[-1] < 5:  # an ill-filled rest joins the smallest cell
+        observed[-2:], expected[-2:] = [sum(observed[-2:])], [sum(expected[-2:])]
+    scale = sum(observed) / sum(expected)
+    return chisquare(observed, [e * scale for e in expected]).pvalue
+
+
+def honest(pair):
+    return SpeculativeDecoder(pair, policy=Mixed(), acceptance="rejection")
+
+
+class DropsUnsure(AutoregressiveDrafter):
+    """Planted error: an unsure last token is taken back after it was drawn."""
+
+    def propose(self, sequence, *args):
+        proposal = super().propose(sequence, *args)
+        if proposal.signals[-1].probability > 0.5:
+            return proposal
+        kept = len(proposal.tokens) - 1
+        self._cached.rollback(min(self._cached.length, len(sequence) + kept - 1))
+        q = proposal.q[:kept] if kept else None
+        return Proposal(proposal.tokens[:kept], q, proposal.signals[:kept], proposal.late)
+
+
+class StaleQ(AutoregressiveDrafter):
+    """Planted error: q is what a changed draft would say, not what the tokens were drawn from."""
+
+    def propose(self, *args):
+        proposal = super().propose(*args)
+        changed = proposal.q.probs**0.5
+        q = Distribution(proposal.q.ids, changed / changed.sum(-1, keepdim=True))
+        return proposal._replace(q=q)
+
+
+def planted(drafter):
+    def decoder_of(pair):
+        decoder = honest(pair)
+        original = decoder.session
+
+        def session():
+            made = original()
+            made.drafter = drafter(pair.draft, VOCAB)
+            return made
+
+        decoder.session = session
+        return decoder
+
+    return decoder_of
+
+
+def test_rejection_keeps_the_law_of_the_first_three_tokens():
+    assert p_value(small_pair(), 4000, honest) > ALPHA
+
+
+@pytest.mark.slow
+def test_rejection_keeps_the_law_with_many_samples():
+    assert p_value(small_pair(), 20000, honest) > ALPHA
+
+
+@pytest.mark.parametrize("drafter", [DropsUnsure, StaleQ])
+def test_the_law_test_finds_a_planted_error(drafter):
+    assert p_value(small_pair(), 4000, planted(drafter)) < 1e-6

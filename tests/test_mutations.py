@@ -1,0 +1,110 @@
+"""Proofs that can fail: each planted error breaks the named check that guards against it."""
+
+import pytest
+import torch
+
+from tests import test_engine
+from tts.cache import RollbackCache, RollbackLayer
+from tts.cached_model import CachedModel, Rows
+from tts.drafting.autoregressive import AutoregressiveDrafter
+from tts.sampling import Coupled, Warper
+from tts.stopping import Cut, Stopping
+
+
+def one_stale_position_survives_a_rollback(patch):
+    def rollback(self, length):
+        for layer in self.layers:
+            if isinstance(layer, RollbackLayer) and length < layer.length:
+                layer.rollback(length + 1)
+
+    patch.setattr(RollbackCache, "rollback", rollback)
+
+
+def the_lagging_token_is_never_fed_to_the_draft(patch):
+    def feed(self, tokens, keep=1):
+        rows = self._cached.feed(tokens[-1:] if len(tokens) == 2 else tokens)
+        return Rows(*(x[-1:].expand(keep, -1) for x in rows))
+
+    patch.setattr(AutoregressiveDrafter, "_feed", feed)
+
+
+def the_draft_keeps_rejected_tokens(patch):
+    patch.setattr(AutoregressiveDrafter, "commit", lambda self, length: None)
+
+
+def the_penalty_forgets_the_drafts_before_a_row(patch):
+    honest = Warper._penalised
+
+    def penalised(self, scores, columns, sequence, first):
+        rows = [honest(self, row[None], columns, sequence, first) for row in scores]
+        return torch.cat(rows)
+
+    patch.setattr(Warper, "_penalised", penalised)
+
+
+def noise_is_keyed_by_the_row_of_the_block(patch):
+    honest = Coupled.choices
+    patch.setattr(Coupled, "choices", lambda self, p, first: honest(self, p, 0))
+
+
+def only_the_last_token_of_a_block_is_looked_at(patch):
+    honest = Stopping.cut
+
+    def cut(self, sequence, new, generated):
+        last = honest(self, sequence, new[-1:], generated + len(new) - 1)
+        return Cut(len(new) - 1 + last.kept, last.reason)
+
+    patch.setattr(Stopping, "cut", cut)
+
+
+def recurrent_states_are_not_restored(patch):
+    patch.setattr(RollbackCache, "restore", lambda self, snapshot: None)
+
+
+def the_replay_after_a_rejection_is_forgotten(patch):
+    honest = CachedModel.rollback
+
+    def rollback(self, length):
+        self._since_mark = [0] * len(self._since_mark)
+        honest(self, length)
+
+    patch.setattr(CachedModel, "rollback", rollback)
+
+
+def q_belongs_to_the_next_offset(patch):
+    honest = AutoregressiveDrafter.propose
+
+    def propose(self, *args):
+        proposal = honest(self, *args)
+        rolled = type(proposal.q)(proposal.q.ids.roll(1, 0), proposal.q.probs.roll(1, 0))
+        return proposal._replace(q=rolled)
+
+    patch.setattr(AutoregressiveDrafter, "propose", propose)
+
+
+LIST = [
+    (one_stale_position_survives_a_rollback, test_engine.check_greedy_equals_target, "llama3.1"),
+    (the_lagging_token_is_never_fed_to_the_draft,
+     test_engine.check_overlap_is_the_same_for_every_gamma, "llama3.1"),
+    (the_draft_keeps_rejected_tokens,
+     test_engine.check_overlap_is_the_same_for_every_gamma, "llama3.1"),
+    (the_penalty_forgets_the_drafts_before_a_row,
+     test_engine.check_greedy_equals_target, "llama3.1"),
+    (noise_is_keyed_by_the_row_of_the_block, test_engine.check_coupled_text_is_one, "llama3.1"),
+    (only_the_last_token_of_a_block_is_looked_at,
+     test_engine.check_greedy_equals_target, "llama3.1"),
+    (recurrent_states_are_not_restored, test_engine.check_greedy_equals_target, "qwen3.5"),
+    (the_replay_after_a_rejection_is_forgotten,
+     test_engine.check_greedy_equals_target, "qwen3.5"),
+    (q_belongs_to_the_next_offset,
+     test_engine.check_overlap_is_the_same_for_every_gamma, "llama3.1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("mutation", "check", "architecture"), LIST, ids=[m.__name__ for m, _, _ in LIST]
+)
+def test_a_planted_error_breaks_its_check(mutation, check, architecture, monkeypatch):
+    mutation(monkeypatch)
+    with pytest.raises((AssertionError, IndexError, RuntimeError)):
+        check(architecture)

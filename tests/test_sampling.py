@@ -1,0 +1,161 @@
+"""Warping equals transformers' own processors; distributions and the coupled noise keep promises."""
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from tests import tiny
+from tts.sampling import (
+    Coupled,
+    Distribution,
+    Recorded,
+    Rejection,
+    Warper,
+    exponential_noise,
+    join,
+    overlap,
+)
+from tts.settings import Sampling, resolve
+
+SETTINGS = [
+    {"do_sample": False},
+    {"do_sample": False, "repetition_penalty": 1.3},
+    {"do_sample": True},  # top_k None means 50
+    {"do_sample": True, "top_k": 0},
+    {"do_sample": True, "temperature": 0.7, "top_k": 0, "top_p": 0.9},
+    {"do_sample": True, "temperature": 1.5, "top_k": 7, "top_p": 0.8, "min_p": 0.1},
+    {"do_sample": True, "top_k": 0, "min_p": 0.3},
+    {"do_sample": True, "top_k": 5, "repetition_penalty": 0.8, "suppress_tokens": [1, 2, 9]},
+    {"do_sample": True, "top_k": 0, "eos_token_id": 4, "min_new_tokens": 3},
+    {"do_sample": True, "top_k": 0, "begin_suppress_tokens": [0, 3, 5]},
+]
+
+
+def dense(distribution: Distribution, width: int) -> torch.Tensor:
+    ids = torch.arange(width).expand(len(distribution), -1)
+    return distribution.of(ids)
+
+
+@pytest.mark.parametrize("fields", SETTINGS, ids=str)
+@pytest.mark.parametrize("vocab", [64, 5000])
+def test_warping_equals_transformers_row_by_row(fields, vocab):
+    torch.manual_seed(0)
+    target = tiny.model("llama3.1", 64)
+    config = GenerationConfig(max_new_tokens=50, **fields)
+    prompt = [3, 9, 9, 20]
+    sequence = [*prompt, 7, 3, 11, 0, 5]
+    logits = torch.randn(6, vocab) * 2
+    sampling, _ = resolve(target, config, len(prompt))
+    ours = dense(Warper(sampling, len(prompt))(logits, sequence, len(prompt)), vocab)
+
+    resolved, _ = target._prepare_generation_config(config)
+    target._prepare_special_tokens(resolved, device=torch.device("cpu"))
+    processors = target._get_logits_processor(resolved, len(prompt), device="cpu")
+    for row in range(6):
+        prefix = torch.tensor([sequence[: len(prompt) + row]])
+        scores = processors(prefix, logits[row : row + 1].clone())
+        if fields["do_sample"]:
+            theirs = scores.softmax(-1)[0]
+        else:
+            theirs = torch.nn.functional.one_hot(scores.argmax(), vocab).float()
+        torch.testing.assert_close(ours[row], theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_a_nucleus_wider_than_the_first_look_is_found():
+    logits = torch.zeros(2, 20_000)
+    kept = Warper(Sampling(1.0, top_p=0.5), 0)(logits[:, :9000] + torch.rand(9000) * 0.1, [], 0)
+    assert kept.ids.shape[1] > 4000
+    assert kept.probs.sum(-1).tolist() == pytest.approx([1, 1])
+
+
+def test_reduced_columns_give_the_full_width_distribution():
+    torch.manual_seed(0)
+    columns = torch.tensor([1, 4, 5, 9, 30, 31])
+    logits = torch.randn(3, 6)
+    wide = torch.full((3, 40), float("-inf")).index_copy(1, columns, logits)
+    settings = Sampling(0.8, top_k=4, top_p=0.9, repetition_penalty=1.4, suppress_tokens=(5, 6))
+    sequence = [4, 9, 2, 30, 1]
+    reduced = Warper(settings, 2, columns)(logits, sequence, 3)
+    full = Warper(settings, 2)(wide, sequence, 3)
+    torch.testing.assert_close(dense(reduced, 40), dense(full, 40))
+
+
+def test_logits_are_not_written_to():
+    logits = torch.randn(2, 30)
+    before = logits.clone()
+    settings = Sampling(0.8, 5, 0.9, 0.01, 1.3, (1, 2), (3,), (4,), 9)
+    Warper(settings, 1)(logits, [1, 2, 3], 1)
+    assert torch.equal(logits, before)
+
+
+def test_overlap_by_hand():
+    p = Distribution(torch.tensor([[4, 1, 7]]), torch.tensor([[0.5, 0.3, 0.2]]))
+    q = Distribution(torch.tensor([[1, 4, 2]]), torch.tensor([[0.6, 0.1, 0.3]]))
+    assert overlap(p, q).item() == pytest.approx(0.1 + 0.3)
+
+
+def test_joined_rows_keep_their_probabilities():
+    a = Distribution(torch.tensor([[3]]), torch.tensor([[1.0]]))
+    b = Distribution(torch.tensor([[0, 2, 5]]), torch.tensor([[0.5, 0.25, 0.25]]))
+    both = dense(join([a, b]), 6)
+    assert both.tolist() == [[0, 0, 0, 1, 0, 0], [0.5, 0, 0.25, 0, 0, 0.25]]
+
+
+def test_noise_is_exponential_and_a_function_of_all_three_keys():
+    ids, positions = torch.arange(2000), torch.arange(50)[:, None]
+    noise = exponential_noise(3, positions, ids)
+    assert noise.dtype == torch.float64
+    assert noise.min() > 0
+    assert noise.mean().item() == pytest.approx(1, abs=0.02)
+    assert noise.var().item() == pytest.approx(1, abs=0.05)
+    assert (noise > 3).double().mean().item() == pytest.approx(0.0498, abs=0.003)
+    # neighbours in any key are uncorrelated
+    for other in (
+        exponential_noise(4, positions, ids),
+        exponential_noise(3, positions + 1, ids),
+        exponential_noise(3, positions, ids + 1),
+    ):
+        pairs = torch.stack([noise.flatten(), other.flatten()])
+        assert abs(torch.corrcoef(pairs)[0, 1].item()) < 0.02
+    assert torch.equal(noise[7:9, 5:6], exponential_noise(3, positions[7:9], ids[5:6]))
+
+
+def test_coupled_choices_follow_p():
+    p = Distribution(torch.tensor([[2, 5, 8]]), torch.tensor([[0.6, 0.3, 0.1]]))
+    counts = dict.fromkeys((2, 5, 8), 0)
+    for seed in range(4000):
+        counts[Coupled(seed).draw(p, 11)] += 1
+    for token, share in ((2, 0.6), (5, 0.3), (8, 0.1)):
+        assert counts[token] / 4000 == pytest.approx(share, abs=0.025)
+
+
+def test_coupled_match_probability_is_the_published_one():
+    """P(match) = sum_i 1 / sum_j max(p_j / p_i, q_j / q_i) (Daliri et al. 2024)."""
+    probs_p, probs_q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.3, 0.5])
+    ids = torch.arange(3)[None]
+    p, q = Distribution(ids, probs_p[None]), Distribution(ids, probs_q[None])
+    expected = sum(
+        1 / torch.maximum(probs_p / probs_p[i], probs_q / probs_q[i]).sum() for i in range(3)
+    )
+    matches = sum(Coupled(s).draw(p, 0) == Coupled(s).draw(q, 0) for s in range(6000))
+    assert matches / 6000 == pytest.approx(expected.item(), abs=0.02)
+
+
+def test_rejection_accepts_with_min_one_p_over_q_and_redraws_the_rest():
+    ids = torch.arange(3)[None]
+    p = Distribution(ids.repeat(2, 1), torch.tensor([[0.2, 0.8, 0.0], [0.0, 0.0, 1.0]]))
+    q = Distribution(ids, torch.tensor([[0.5, 0.5, 0.0]]))
+    verdicts = [Rejection(seed).judge(p, q, [0], 5) for seed in range(4000)]
+    kept = [v for v in verdicts if v.num_accepted == 1]
+    assert len(kept) / 4000 == pytest.approx(0.2 / 0.5, abs=0.03)
+    assert {v.token for v in kept} == {2}
+    assert {v.token for v in verdicts if v.num_accepted == 0} == {1}
+    assert all(Rejection(s).judge(p, q, [1], 5).num_accepted == 1 for s in range(50))
+
+
+def test_a_recorded_path_is_followed_and_compared():
+    p = Distribution(torch.tensor([[3], [4], [5]]), torch.ones(3, 1))
+    rule = Recorded([9, 3, 4, 6, 7], 10, Coupled(0))
+    verdict = rule.judge(p, None, [3, 4], 11)
+    assert verdict == (2, 6, 1)
+    assert rule.judge(p, None, [8, 4], 11) == (0, 3, 0)

@@ -1,0 +1,347 @@
+"""The speculative decoder: rounds of draft, verify, accept, roll back.
+
+pair = load_pair("smollm2-135m")
+decoder = SpeculativeDecoder(pair, policy=make_policy("fixed", gamma=4), acceptance="coupled")
+result = decoder.generate(input_ids, generation_config=GenerationConfig(max_new_tokens=500))
+result.summary().mean_acceptance_length
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from tts.cached_model import CachedModel
+from tts.custom_generate import check_handover, own_criteria
+from tts.drafting.autoregressive import AutoregressiveDrafter
+from tts.drafting.protocol import Drafter, Proposal
+from tts.errors import UserError
+from tts.metrics import Summary, summarise
+from tts.models import ModelPair
+from tts.policy import LengthPolicy, RoundOutcome, RoundState
+from tts.records import RoundRecord
+from tts.sampling import (
+    AcceptanceRule,
+    Coupled,
+    Distribution,
+    Recorded,
+    Rejection,
+    Warper,
+    join,
+    overlap,
+)
+from tts.settings import Sampling, resolve
+from tts.stopping import Stopping
+from tts.stopwatch import Stopwatch
+
+ACCEPTANCE = ("greedy", "rejection", "coupled")
+MAX_LAG = 128  # committed positions whose overlap may wait for the draft's row
+NOTHING = Proposal([], None, [], None)
+
+OnRound = Callable[[RoundRecord, list[int]], None]
+
+
+@dataclass(slots=True)
+class Session:
+    """A sequence and the two caches that hold it; may be extended by further prompts."""
+
+    target: CachedModel
+    drafter: Drafter
+    sequence: list[int] = field(default_factory=list)
+    generated: int = 0  # tokens of the sequence that the target wrote
+    rounds: int = 0
+    # the target's rows of the newest committed positions that have no row of q yet
+    pending: list[Distribution] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class GenerationResult:
+    """Tokens and everything measured on the way."""
+
+    sequences: torch.Tensor  # int64 [1, prompt + new]
+    tokens: list[int]  # the new ones
+    rounds: list[RoundRecord]
+    finish_reason: str  # "eos", "stop", "length", "time"
+
+    def summary(self) -> Summary:
+        return summarise(self.rounds)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What stays the same during one generation."""
+
+    rule: AcceptanceRule
+    warp: Warper
+    stopping: Stopping
+    start: int  # length of the prompt
+    end: int  # the sequence may not grow beyond
+
+
+class SpeculativeDecoder:
+    """Decodes with a target and its draft; the text is the target's own.
+
+    Args:
+        pair: from `load_pair`.
+        policy: chooses gamma in each round (`controllers.make_policy`).
+        acceptance: ``greedy`` (temperature 0), ``rejection`` or ``coupled``; see `tts.sampling`.
+        draft_window: sliding window over the draft's context (None: all of it).
+
+    Raises:
+        UserError: for an unknown rule or a window below 1.
+    """
+
+    def __init__(
+        self,
+        pair: ModelPair,
+        *,
+        policy: LengthPolicy,
+        acceptance: str = "rejection",
+        draft_window: int | None = None,
+    ) -> None:
+        if acceptance not in ACCEPTANCE:
+            raise UserError(f"acceptance: {acceptance!r} is not one of {', '.join(ACCEPTANCE)}")
+        if draft_window is not None and draft_window < 1:
+            raise UserError(f"draft_window: {draft_window} sees nothing: use at least 1, or none")
+        self.pair, self.policy, self.acceptance = pair, policy, acceptance
+        self._draft_window = draft_window
+        text = pair.target.config.get_text_config()
+        self._context: int = text.max_position_embeddings
+        self._vocab_size: int = text.vocab_size
+
+    def session(self) -> Session:
+        """Empty caches for a sequence; hand it to `generate` again to extend the sequence."""
+        drafter = AutoregressiveDrafter(self.pair.draft, self._vocab_size, self._draft_window)
+        return Session(CachedModel(self.pair.target), drafter)
+
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        generation_config: GenerationConfig | None = None,
+        seed: int = 0,
+        streamer: BaseStreamer | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        path: list[int] | None = None,
+        session: Session | None = None,
+        on_round: OnRound | None = None,
+    ) -> GenerationResult:
+        """Decode after ``input_ids`` `[1, prompt]`.
+
+        Args:
+            input_ids: the prompt; with a ``session``, what comes after its sequence.
+            generation_config: as for ``target.generate``; fields that cannot be honoured are
+                refused by name.
+            seed: of the acceptance rule. Under ``coupled`` the text is a function of it alone.
+            streamer: gets the prompt, then each round's tokens.
+            stopping_criteria: asked once a token, without scores.
+            path: commit these tokens instead (see `tts.sampling.Recorded`); ``coupled`` or greedy.
+            session: from `session`, to continue with warm caches.
+            on_round: called after every round with its record and the tokens it committed.
+
+        Raises:
+            UserError: for a prompt that is empty, batched or longer than the context, and for
+                settings that cannot be honoured.
+        """
+        session = session or self.session()
+        prompt = self._prompt(input_ids, session)
+        start = len(session.sequence) + len(prompt)
+        sampling, limits = resolve(self.pair.target, generation_config, start)
+        warp = Warper(sampling, start)
+        end = min(start + limits.max_new_tokens, self._context)
+        run = _Run(
+            self._rule(sampling, seed, path, start),
+            warp,
+            Stopping(sampling, limits, self.pair.tokenizer, stopping_criteria),
+            start,
+            end if path is None else min(end, start + len(path)),
+        )
+        if streamer is not None:
+            streamer.put(input_ids)
+        session.drafter.begin(lambda columns: Warper(sampling, start, columns))
+        session.sequence.extend(prompt)
+        clock = Stopwatch(self.pair.target.device)
+        if session.target.length < start - 1:
+            session.target.feed(session.sequence[session.target.length : -1])
+        session.drafter.prefill(session.sequence)
+        prefill_ms = clock.lap()
+        rounds: list[RoundRecord] = []
+        while not rounds or rounds[-1].stop_reason is None:
+            before = len(session.sequence)
+            rounds.append(self._round(session, run))
+            rounds[-1].prefill_ms, prefill_ms = prefill_ms, 0.0
+            committed = session.sequence[before:]
+            if streamer is not None:
+                streamer.put(torch.tensor(committed))
+            if on_round is not None:
+                on_round(rounds[-1], committed)
+        if streamer is not None:
+            streamer.end()
+        sequences = torch.tensor([session.sequence], device=input_ids.device)
+        reason = rounds[-1].stop_reason
+        assert reason is not None
+        return GenerationResult(sequences, session.sequence[start:], rounds, reason)
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        generation_config: GenerationConfig | None = None,
+        seed: int = 0,
+        path: list[int] | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor | GenerateDecoderOnlyOutput:
+        """For ``target.generate(input_ids, custom_generate=decoder, seed=0, ...)``.
+
+        The empty cache that transformers prepares is ignored, a filled one refused. transformers
+        does not hand a ``streamer`` to a callable (it puts the prompt into it and nothing more),
+        nor the tokenizer that ``stop_strings`` need (it raises): for either call `generate`.
+        """
+        config = generation_config or model.generation_config
+        check_handover(self.pair.target, model, input_ids, config, logits_processor, kwargs)
+        result = self.generate(
+            input_ids,
+            generation_config=config,
+            seed=seed,
+            stopping_criteria=own_criteria(stopping_criteria),
+            path=path,
+        )
+        if config.return_dict_in_generate:
+            return GenerateDecoderOnlyOutput(sequences=result.sequences)
+        return result.sequences
+
+    def _round(self, session: Session, run: _Run) -> RoundRecord:
+        """Draft, verify, accept, roll back."""
+        clock = Stopwatch(self.pair.target.device)
+        sequence, context = session.sequence, len(session.sequence)
+        state = RoundState(session.generated, context, run.end - context - 1)
+        gamma = min(self.policy.plan(state), state.limit)
+        policy_ms = clock.lap()
+
+        proposal, overlaps = NOTHING, []
+        if gamma > 0:
+            proposal = session.drafter.propose(
+                sequence,
+                gamma,
+                len(session.pending),
+                run.rule.draw,
+                lambda signals: self.policy.proceed(state, signals),
+            )
+            overlaps = _settle(session, proposal.late)
+        drafts, drafted = proposal.tokens, len(proposal.tokens)
+        draft_ms = clock.lap()
+
+        session.target.mark()
+        rows = session.target.feed(sequence[session.target.length :] + drafts, keep=drafted + 1)
+        p = run.warp(rows.logits, sequence + drafts, context)
+        verdict = run.rule.judge(p, proposal.q, drafts, context)
+        new = [*drafts[: verdict.num_accepted], verdict.token]
+        cut = run.stopping.cut(sequence, new, context - run.start)
+        reason = cut.reason or ("length" if context + cut.kept == run.end else None)
+
+        on_path = min(cut.kept, verdict.num_accepted + 1, drafted)
+        if on_path:
+            assert proposal.q is not None
+            shared = overlap(p[:on_path], proposal.q[:on_path]).tolist()
+            overlaps += [(session.generated + j, value) for j, value in enumerate(shared)]
+        if cut.kept > drafted:
+            session.pending.append(p[drafted : drafted + 1])
+        sequence.extend(new[: cut.kept])
+        session.generated += cut.kept
+        session.target.rollback(len(sequence) - 1)
+        session.drafter.commit(len(sequence))
+        verify_ms = clock.lap()
+
+        if session.pending and (reason or len(session.pending) >= MAX_LAG):
+            late = session.drafter.catch_up(sequence, len(session.pending))
+            overlaps += _settle(session, late)
+        draft_ms += clock.lap()
+        self.policy.observe(
+            RoundOutcome(
+                state,
+                verdict.num_accepted,
+                proposal.signals,
+                shared if on_path else [],
+                draft_ms,
+                verify_ms,
+            )
+        )
+        policy_ms += clock.lap()
+        session.rounds += 1
+        return RoundRecord(
+            round=session.rounds - 1,
+            position=state.position,
+            context_length=context,
+            gamma=gamma,
+            num_drafted=drafted,
+            num_accepted=verdict.num_accepted,
+            num_emitted=cut.kept,
+            stop_reason=reason,
+            entropy=[s.entropy for s in proposal.signals],
+            confidence=[s.confidence for s in proposal.signals],
+            overlap=[value for _, value in overlaps],
+            overlap_position=[position for position, _ in overlaps],
+            mismatches=verdict.mismatches,
+            draft_ms=draft_ms,
+            verify_ms=verify_ms,
+            policy_ms=policy_ms,
+            total_ms=clock.total(),
+        )
+
+    def _prompt(self, input_ids: torch.Tensor, session: Session) -> list[int]:
+        if input_ids.dim() != 2 or input_ids.shape[0] != 1:
+            raise UserError(
+                f"input_ids: shape {tuple(input_ids.shape)} is not [1, prompt]: decode one "
+                "sequence at a time"
+            )
+        prompt: list[int] = input_ids[0].tolist()
+        length = len(session.sequence) + len(prompt)
+        if not prompt:
+            raise UserError("input_ids: the prompt is empty: give at least one token")
+        if max(prompt) >= self._vocab_size or min(prompt) < 0:
+            raise UserError(f"input_ids: a token is outside the vocabulary of {self._vocab_size}")
+        if length >= self._context:
+            raise UserError(
+                f"input_ids: {length} tokens leave no room in the target's context of "
+                f"{self._context}: shorten the prompt"
+            )
+        return prompt
+
+    def _rule(
+        self, sampling: Sampling, seed: int, path: list[int] | None, start: int
+    ) -> AcceptanceRule:
+        greedy = sampling.temperature == 0
+        if self.acceptance == "greedy" and not greedy:
+            raise UserError(
+                "acceptance: greedy is for temperature 0: unset do_sample, or use rejection or "
+                "coupled"
+            )
+        if path is not None:
+            if self.acceptance == "rejection" and not greedy:
+                raise UserError("path: a recorded path needs acceptance coupled, not rejection")
+            if not path:
+                raise UserError("path: it has no tokens: record it again")
+            return Recorded(path, start, Coupled(seed))
+        # at temperature 0 every rule keeps a draft that equals the target's best token
+        return Rejection(seed) if self.acceptance == "rejection" and not greedy else Coupled(seed)
+
+
+def _settle(session: Session, late: Distribution | None) -> list[tuple[int, float]]:
+    """(position, overlap) of all pending positions, now that the draft's rows ``late`` came."""
+    if late is None:
+        return []
+    values = overlap(join(session.pending), late).tolist()
+    first = session.generated - len(values)
+    session.pending.clear()
+    return [(first + i, value) for i, value in enumerate(values)]

@@ -1,0 +1,78 @@
+"""The contract between the engine and a length policy; the policies live in `controllers`."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+
+class RoundState(NamedTuple):
+    """What is known before a round."""
+
+    position: int  # generated tokens so far
+    context_length: int  # tokens in the sequence, prompt included
+    limit: int  # largest gamma that still fits the budget and the context
+
+
+class Signals(NamedTuple):
+    """What the draft itself says about a token it has just drafted."""
+
+    offset: int  # index of the token in its block
+    entropy: float  # nats, of the draft's softmax at temperature 1, before warping
+    confidence: float  # largest probability of that softmax
+    probability: float  # of the drafted token under the warped q
+
+
+@dataclass(frozen=True, slots=True)
+class RoundOutcome:
+    """What a verified round taught. The label of offset j need not be the accepted bit.
+
+    ``overlap[j]`` is the acceptance probability sum_x min(p, q) at offset j, known for the offsets
+    that lie on the committed path: all accepted ones and the first rejected one.
+    """
+
+    state: RoundState
+    num_accepted: int
+    signals: list[Signals] = field(default_factory=list)
+    overlap: list[float] = field(default_factory=list)
+    draft_ms: float = 0.0
+    verify_ms: float = 0.0
+
+    @property
+    def num_drafted(self) -> int:
+        return len(self.signals)
+
+
+class LengthPolicy(Protocol):
+    """Chooses how many tokens to draft."""
+
+    def plan(self, state: RoundState) -> int:
+        """Cap for this round, 0..state.limit; 0 means: one token from the target alone."""
+        ...
+
+    def proceed(self, state: RoundState, signals: Signals) -> bool:
+        """Whether to draft another token; the newest one stays drafted either way."""
+        ...
+
+    def observe(self, outcome: RoundOutcome) -> None:
+        """Learn from a verified round."""
+        ...
+
+    def reset(self) -> None:
+        """Forget everything that belongs to one sequence."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers that `load_state_dict` needs to go on."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a saved state."""
+        ...
+
+
+def signals(logits: torch.Tensor, offset: int, probability: float) -> Signals:
+    """Signals of one drafted token from its raw ``logits`` `[columns]`."""
+    log_probs = logits.float().log_softmax(-1)
+    entropy = -(log_probs.exp() * log_probs.clamp(min=-1e4)).sum()
+    return Signals(offset, float(entropy), float(log_probs.max().exp()), probability)
