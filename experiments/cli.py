@@ -24,6 +24,8 @@ class Verb(NamedTuple):
 
 
 VERBS = {
+    "run": Verb("experiments.run", "Run", "run", "decode conversations, curve over the output"),
+    "record": Verb("experiments.run", "Record", "record", "write a token path for paired runs"),
     "selftext": Verb(
         "experiments.distill_offline", "SelfText", "selftext", "let the target write training text"
     ),

@@ -141,9 +141,7 @@ def test_a_path_accepts_exactly_the_drafts_that_equal_it():
     pair = tiny.pair()
     free = decode(pair, 4, sampled(), seed=7)
     decoder = SpeculativeDecoder(pair, policy=make_policy("fixed"), acceptance="coupled")
-    forced = decoder.generate(
-        PROMPT, generation_config=sampled(), seed=7, path=free.tokens
-    )
+    forced = decoder.generate(PROMPT, generation_config=sampled(), seed=7, path=free.tokens)
     assert [r.num_accepted for r in forced.rounds] == [r.num_accepted for r in free.rounds]
 
 

@@ -1,10 +1,11 @@
 """Tiny random models for unit tests: architectures as published, weights random but peaked."""
 
 import copy
+import string
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -16,6 +17,8 @@ from transformers import (
 
 import tts.attention  # noqa: F401  registers "tts"
 from tts.models import ModelPair
+
+CHARACTERS = "<>" + string.ascii_letters + string.digits
 
 COMMON = {
     "hidden_size": 32,
@@ -53,9 +56,7 @@ def config(architecture: str, vocab: int = 64, layers: int = 2):
     if architecture == "qwen3":
         return Qwen3Config(**common)
     if architecture == "sliding":
-        return Qwen3Config(
-            **common, use_sliding_window=True, sliding_window=6, max_window_layers=1
-        )
+        return Qwen3Config(**common, use_sliding_window=True, sliding_window=6, max_window_layers=1)
     kinds = ["linear_attention"] * (layers - 1) + ["full_attention"]
     return Qwen3_5TextConfig(**common, **HYBRID, layer_types=kinds)
 
@@ -83,20 +84,22 @@ def noisy(target: PreTrainedModel, noise: float, seed: int = 1) -> PreTrainedMod
 
 
 def tokenizer(vocab: int = 64) -> PreTrainedTokenizerFast:
-    """Token i is written ``w<i>``; the last id ends a turn."""
-    words = {f"w{i}": i for i in range(vocab)}
-    raw = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="w0", eos_token=f"w{vocab - 1}")
+    """Token i is written as the single character ``CHARACTERS[i]``; the last id ends a turn."""
+    ids = {character: i for i, character in enumerate(CHARACTERS[:vocab])}
+    end = CHARACTERS[vocab - 1]
+    raw = Tokenizer(models.BPE(ids, []))
+    raw.decoder = decoders.Fuse()
+    made = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=end)
     made.chat_template = (
-        "{% for m in messages %}w1 {{ m['content'] }}{% if m['role'] == 'assistant' or not "
-        "loop.last or add_generation_prompt %} w{{ %d }} {% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}w2 {% endif %}"
-    ).replace("{{ %d }}", str(vocab - 1))
+        "{% for m in messages %}<{{ m['content'] }}END{% endfor %}"
+        "{% if add_generation_prompt %}>{% endif %}"
+    ).replace("END", end)
     return made
 
 
-def pair(architecture: str = "llama3.1", noise: float = 0.3, vocab: int = 64, **kwargs) -> ModelPair:
+def pair(
+    architecture: str = "llama3.1", noise: float = 0.3, vocab: int = 64, **kwargs
+) -> ModelPair:
     """Target and noisy draft in float32."""
     target = model(architecture, vocab, **kwargs)
     return ModelPair(target, noisy(target, noise), tokenizer(vocab), f"tiny-{architecture}")

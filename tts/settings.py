@@ -79,7 +79,10 @@ def resolve(
         raise UserError(
             f"temperature: {config.temperature} is negative: use 0 for greedy or a positive number"
         )
-    resolved, _ = model._prepare_generation_config(config)
+    try:
+        resolved, _ = model._prepare_generation_config(config)
+    except ValueError as error:
+        raise UserError(f"generation_config: {error}") from None
     _refuse_unknown(resolved)
     sampled = resolved.do_sample and resolved.temperature > 0
     eos = resolved.eos_token_id

@@ -1,0 +1,101 @@
+"""Rounds to curves over the output position; one conversation is one sample, never one round."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tts.metrics import mean_acceptance_length, tokens_per_second
+from tts.records import RoundRecord
+
+Rounds = Sequence[RoundRecord]
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """A quantity of one conversation by output position; `nan` where nothing was measured."""
+
+    position: list[float]  # middle of each bin, tokens
+    value: list[float]
+
+
+def overlap_curve(rounds: Rounds, edges: Sequence[int]) -> Curve:
+    """Mean overlap of the committed positions in each bin."""
+    points = [
+        (position, value)
+        for r in rounds
+        for position, value in zip(r.overlap_position, r.overlap, strict=True)
+    ]
+    return _binned(
+        edges,
+        lambda low, high: _mean([value for position, value in points if low <= position < high]),
+    )
+
+
+def acceptance_curve(rounds: Rounds, edges: Sequence[int]) -> Curve:
+    """Mean acceptance length, bonus counted, of the rounds that begin in each bin."""
+    return _binned(edges, lambda low, high: _or_nan(mean_acceptance_length(_in(rounds, low, high))))
+
+
+def speed_curve(rounds: Rounds, edges: Sequence[int]) -> Curve:
+    """Tokens per second of the rounds that begin in each bin."""
+    return _binned(edges, lambda low, high: _or_nan(tokens_per_second(_in(rounds, low, high))))
+
+
+def gamma_curve(rounds: Rounds, edges: Sequence[int]) -> Curve:
+    """Mean number of drafted tokens of the rounds that begin in each bin."""
+    return _binned(
+        edges,
+        lambda low, high: _mean([float(r.num_drafted) for r in _in(rounds, low, high)]),
+    )
+
+
+CURVES = {
+    "overlap": overlap_curve,
+    "acceptance_length": acceptance_curve,
+    "tok_s": speed_curve,
+    "gamma": gamma_curve,
+}
+
+
+def bin_edges(length: int, width: int) -> list[int]:
+    """0, width, 2 * width, ... up to at least ``length``."""
+    return list(range(0, length + width, width))
+
+
+def third_edges(length: int) -> list[int]:
+    """The borders of the thirds of an output of ``length`` tokens."""
+    return [round(length * i / 3) for i in range(4)]
+
+
+def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
+    """(mean, low, high): 95 % bootstrap interval of the mean over conversations.
+
+    With one conversation there is no interval: low and high are nan.
+    """
+    known = np.array([v for v in values if not np.isnan(v)])
+    if len(known) == 0:
+        return float("nan"), float("nan"), float("nan")
+    if len(known) == 1:
+        return float(known[0]), float("nan"), float("nan")
+    draws = np.random.default_rng(seed).choice(known, (RESAMPLES, len(known)))
+    low, high = np.percentile(draws.mean(1), [2.5, 97.5])
+    return float(known.mean()), float(low), float(high)
+
+
+def _binned(edges: Sequence[int], measure) -> Curve:  # type: ignore[no-untyped-def]
+    bins = list(zip(edges, edges[1:], strict=False))
+    return Curve([(a + b) / 2 for a, b in bins], [measure(a, b) for a, b in bins])
+
+
+def _in(rounds: Rounds, low: int, high: int) -> list[RoundRecord]:
+    return [r for r in rounds if low <= r.position < high]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")
+
+
+def _or_nan(value: float | None) -> float:
+    return float("nan") if value is None else value

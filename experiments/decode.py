@@ -1,0 +1,69 @@
+"""Decode one dialogue with one arm, turn by turn, in one growing context."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from experiments.options import TextOptions
+from experiments.workload import Dialogue, RecordedDialogue
+from tts.conversation import Conversation
+from tts.engine import SpeculativeDecoder
+from tts.records import RoundRecord
+
+OnRound = Callable[[int, RoundRecord, list[int]], None]  # (turn, record, committed tokens)
+
+
+@dataclass(slots=True)
+class Decoded:
+    """What a dialogue became."""
+
+    turns: list[str]
+    answers: list[list[int]]
+    rounds: list[RoundRecord]
+    finish_reasons: list[str]
+
+    @property
+    def tokens(self) -> list[int]:
+        """All generated tokens, turn after turn."""
+        return [token for answer in self.answers for token in answer]
+
+
+def decode(
+    decoder: SpeculativeDecoder,
+    dialogue: Dialogue | RecordedDialogue,
+    text: TextOptions,
+    on_round: OnRound | None = None,
+) -> Decoded:
+    """Answer the turns until ``max_new_tokens`` are generated or the context is full.
+
+    A `RecordedDialogue` is committed token by token as it was recorded.
+    """
+    decoder.policy.reset()
+    chat = Conversation(decoder)
+    done = Decoded([], [], [], [])
+    context = decoder.pair.target.config.get_text_config().max_position_embeddings
+    for index, user in enumerate(dialogue.turns):
+        left = text.max_new_tokens - chat.session.generated
+        ids = chat.turn(user)
+        if left < 1 or len(chat.session.sequence) + ids.shape[1] + 1 >= context:
+            break
+        path = dialogue.answers[index] if isinstance(dialogue, RecordedDialogue) else None
+        result = decoder.generate(
+            ids,
+            session=chat.session,
+            generation_config=text.generation_config(min(left, text.turn_tokens)),
+            seed=text.seed + dialogue.seed,
+            path=path,
+            on_round=None
+            if on_round is None
+            else lambda record, new, turn=index: on_round(turn, record, new),
+        )
+        done.turns.append(user)
+        done.answers.append(result.tokens)
+        done.rounds.extend(result.rounds)
+        done.finish_reasons.append(result.finish_reason)
+    return done
+
+
+def recorded(dialogue: Dialogue | RecordedDialogue, done: Decoded) -> RecordedDialogue:
+    """The path of ``done``, to be committed again by other arms."""
+    return RecordedDialogue(dialogue.id, done.turns, dialogue.seed, done.answers)

@@ -1,0 +1,118 @@
+"""Options that several verbs share, and what they are turned into."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import GenerationConfig
+
+from controllers import CAP
+from tts.engine import ACCEPTANCE
+from tts.errors import UserError
+from tts.models import ModelPair, load_pair
+from tts.settings import Sampling
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which models, and where.
+
+    Args:
+        target: alias of a packaged model, local folder, or hub id.
+        draft: folder or hub id; None takes the draft shipped for a packaged target.
+        dtype: bfloat16, float16 or float32.
+        device: cpu or cuda.
+    """
+
+    target: str = "smollm2-135m"
+    draft: str | None = None
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+
+    def load(self) -> ModelPair:
+        return load_pair(self.target, self.draft, dtype=self.dtype, device=self.device)
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """What is decoded, and how tokens are chosen.
+
+    Args:
+        workload: tune, judge, single, or a JSON file of conversations (see `tts.workload`).
+        conversations: decode only the first so many (0: all).
+        max_new_tokens: generated tokens a conversation.
+        turn_tokens: generated tokens a turn at most.
+        temperature: 0 is greedy.
+        top_p: nucleus.
+        top_k: 0 is off.
+        repetition_penalty: 1 is off.
+        seed: of the text; each conversation adds its own.
+    """
+
+    workload: str = "judge"
+    conversations: int = 1
+    max_new_tokens: int = 4000
+    turn_tokens: int = 320
+    temperature: float = 0.8
+    top_p: float = 0.95
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "turn_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: {getattr(self, name)} is not positive: use at least 1")
+        if self.conversations < 0:
+            raise UserError(f"conversations: {self.conversations} is negative: use 0 for all")
+        Sampling(self.temperature, self.top_k, self.top_p, 0.0, self.repetition_penalty)
+
+    def generation_config(self, max_new_tokens: int) -> GenerationConfig:
+        """For one turn."""
+        sampling = {"do_sample": False}
+        if self.temperature > 0:
+            sampling = {
+                "do_sample": True,
+                "temperature": self.temperature,
+                "top_p": self.top_p,
+                "top_k": self.top_k,
+            }
+        return GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            repetition_penalty=self.repetition_penalty,
+            **sampling,
+        )
+
+
+@dataclass(frozen=True)
+class SpeculationOptions:
+    """How the draft speculates.
+
+    Args:
+        acceptance: greedy, rejection or coupled.
+        policy: who chooses gamma (`controllers.POLICIES`).
+        gamma: speculation length of the fixed policy.
+        window: sliding window of the arm ``window`` over the draft's context.
+    """
+
+    acceptance: str = "coupled"
+    policy: str = "fixed"
+    gamma: int = 4
+    window: int = 512
+
+    def __post_init__(self) -> None:
+        if self.acceptance not in ACCEPTANCE:
+            raise UserError(
+                f"acceptance: {self.acceptance!r} is not one of {', '.join(ACCEPTANCE)}"
+            )
+        if not 0 <= self.gamma <= CAP:
+            raise UserError(f"gamma: {self.gamma} is outside 0..{CAP}")
+        if self.window < 1:
+            raise UserError(f"window: {self.window} sees nothing: use at least 1")
+
+
+def readable(path: str, field: str) -> Path:
+    """The file ``path``, or a UserError that names ``field``."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"{field}: no file {path!r}: check the path")
+    return file

@@ -1,0 +1,118 @@
+"""What is decoded: conversations of many user turns, and the recorded token paths of them.
+
+A conversation file is JSON: ``{"conversations": [{"id": ..., "turns": ["user text", ...]}]}``, or
+one ``{"turns": [...]}`` a line. A path file adds the tokens that answered each turn.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.options import TextOptions, readable
+from tts.errors import UserError
+
+FOLDER = Path(__file__).parent / "workload"
+SHIPPED = ("tune", "judge", "single")
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogue:
+    """User turns, and the seed that is added to the run's."""
+
+    id: str
+    turns: list[str]
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedDialogue:
+    """The answers' tokens of one dialogue; ``answers[i]`` follows ``turns[i]``."""
+
+    id: str
+    turns: list[str]
+    seed: int
+    answers: list[list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class PathFile:
+    """Recorded dialogues and the settings they were decoded with."""
+
+    target: str
+    dtype: str
+    temperature: float
+    top_p: float
+    top_k: int
+    repetition_penalty: float
+    dialogues: list[RecordedDialogue]
+
+    def write(self, file: Path) -> None:
+        """Atomically."""
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(self)) + "\n")
+        partial.rename(file)
+
+    @classmethod
+    def read(cls, path: str) -> "PathFile":
+        """Raise UserError for a file that is missing or was not written by `tts record`."""
+        try:
+            fields = json.loads(readable(path, "path").read_text())
+            dialogues = [RecordedDialogue(**d) for d in fields.pop("dialogues")]
+            return cls(dialogues=dialogues, **fields)
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"path: {path!r} is not a recorded path ({error}): make one with `tts record`"
+            ) from None
+
+    def check(self, text: TextOptions, target: str) -> None:
+        """Paired arms must draft with the noise and the warping that the path was drawn with."""
+        for field in ("temperature", "top_p", "top_k", "repetition_penalty"):
+            if getattr(self, field) != getattr(text, field):
+                raise UserError(
+                    f"{field}: {getattr(text, field)} is not the {getattr(self, field)} that the "
+                    "path was recorded with: use the same"
+                )
+        if self.target != target:
+            raise UserError(f"target: {target!r} did not write this path, {self.target!r} did")
+
+
+def dialogues(options: TextOptions) -> list[Dialogue]:
+    """The dialogues that ``options.workload`` names.
+
+    Raises:
+        UserError: a file that is missing, empty, or not JSON of the form above.
+    """
+    name = options.workload
+    if name in SHIPPED:
+        file = FOLDER / ("single_subject.json" if name == "single" else "conversations.json")
+        found = [d for d in _parse(file) if name == "single" or d["split"] == name]
+    else:
+        found = _parse(readable(name, "workload"))
+    made = [
+        Dialogue(str(d.get("id", i)), [str(turn) for turn in d["turns"]], int(d.get("seed", i)))
+        for i, d in enumerate(found)
+    ]
+    return made[: options.conversations or None]
+
+
+def _parse(file: Path) -> list[dict[str, Any]]:
+    text = file.read_text()
+    if not text.strip():
+        raise UserError(f"workload: {file} is empty: give at least one conversation")
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as whole:
+        try:
+            data = [json.loads(line) for line in text.splitlines() if line.strip()]
+        except json.JSONDecodeError:
+            raise UserError(f"workload: {file} is not JSON ({whole})") from None
+    if isinstance(data, dict):
+        data = data.get("conversations") or data.get("prompts") or [data]
+    if not isinstance(data, list) or not data:
+        raise UserError(f"workload: {file} holds no conversation")
+    for entry in data:
+        turns = entry.get("turns") if isinstance(entry, dict) else None
+        if not isinstance(turns, list) or not turns:
+            raise UserError(f'workload: {file} has an entry without "turns": [user text, ...]')
+    return data
