@@ -6,6 +6,7 @@ dotted (`--training.loss jsd`). Dashes and underscores are the same in flag name
 
 import importlib
 import json
+import os
 import sys
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ class Verb(NamedTuple):
 
 VERBS = {
     "run": Verb("experiments.run", "Run", "run", "decode conversations, curve over the output"),
-    "record": Verb("experiments.run", "Record", "record", "write a token path for paired runs"),
+    "record": Verb("experiments.record", "Record", "record", "write a token path for paired runs"),
     "selftext": Verb(
         "experiments.distill_offline", "SelfText", "selftext", "let the target write training text"
     ),
@@ -52,6 +53,7 @@ def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in VERBS:
         return _usage(arguments)
     verb = VERBS[arguments[0]]
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     module = importlib.import_module(verb.module)
     options = getattr(module, verb.options)
     parser = ArgumentParser(prog=f"tts {arguments[0]}", exit_on_error=False)

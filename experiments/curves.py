@@ -1,7 +1,8 @@
 """Rounds to curves over the output position; one conversation is one sample, never one round."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -84,8 +85,8 @@ def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float, floa
     return float(known.mean()), float(low), float(high)
 
 
-def _binned(edges: Sequence[int], measure) -> Curve:  # type: ignore[no-untyped-def]
-    bins = list(zip(edges, edges[1:], strict=False))
+def _binned(edges: Sequence[int], measure: Callable[[int, int], float]) -> Curve:
+    bins = list(pairwise(edges))
     return Curve([(a + b) / 2 for a, b in bins], [measure(a, b) for a, b in bins])
 
 

@@ -9,7 +9,7 @@ from tts.conversation import Conversation
 from tts.engine import SpeculativeDecoder
 from tts.records import RoundRecord
 
-OnRound = Callable[[int, RoundRecord, list[int]], None]  # (turn, record, committed tokens)
+OnRound = Callable[[int, RoundRecord], None]  # (turn, record)
 
 
 @dataclass(slots=True)
@@ -55,7 +55,7 @@ def decode(
             path=path,
             on_round=None
             if on_round is None
-            else lambda record, new, turn=index: on_round(turn, record, new),
+            else lambda record, turn=index: on_round(turn, record),
         )
         done.turns.append(user)
         done.answers.append(result.tokens)

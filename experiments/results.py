@@ -68,11 +68,11 @@ class Results:
         partial.write_text(text)
         partial.rename(self.folder / name)
 
-    def finish(self, summary: dict[str, Any], status: str) -> None:
-        """Write ``summary.json``; ``status`` is finished or interrupted."""
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write ``summary.json``; its ``status`` says whether the run came to its end."""
         for file in self._files.values():
             file.close()
-        self.write("summary.json", json.dumps(summary | {"status": status}, indent=2) + "\n")
+        self.write("summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
 
     def _check_same(self, run_id: str) -> None:
         config = self.folder / "config.yaml"

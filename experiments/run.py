@@ -1,15 +1,16 @@
 """`tts run`: decode conversations with every arm on one text, show the curve over the output."""
 
+import math
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from experiments.arms import ARMS, check_arms
-from experiments.curves import CURVES, Rounds, bin_edges
-from experiments.decode import decode, recorded
+from experiments.curves import CURVES, bin_edges
+from experiments.decode import Decoded, OnRound, decode, recorded
 from experiments.live import Live
 from experiments.options import ModelOptions, SpeculationOptions, TextOptions
 from experiments.plots import position_figure
@@ -19,7 +20,10 @@ from experiments.trackers import MODES, make_tracker
 from experiments.workload import Dialogue, PathFile, RecordedDialogue, dialogues
 from tts.errors import UserError
 from tts.metrics import LOOP, distinct_4, distinct_4_windows, summarise
+from tts.models import ModelPair
 from tts.records import RoundRecord
+
+BIN = 250  # tokens, of the curves
 
 
 @dataclass(frozen=True)
@@ -50,86 +54,143 @@ class Run(ModelOptions, TextOptions, SpeculationOptions):
             raise UserError(f"wandb: {self.wandb!r} is not one of {', '.join(MODES)}")
 
 
-@dataclass(frozen=True)
-class Record(ModelOptions, TextOptions, SpeculationOptions):
-    """Write the token path of conversations once, so that any later run can commit it.
-
-    Args:
-        out: file to write; it must not exist.
-    """
-
-    out: str = "path.json"
-    gamma: int = 0
-
-    def __post_init__(self) -> None:
-        TextOptions.__post_init__(self)
-        SpeculationOptions.__post_init__(self)
-
-
 def run(config: Run) -> dict[str, Any]:
     """Decode, write the results folder, print the table; returns the JSON summary."""
     texts = _texts(config)
     results = Results(config.results, "run", config.run_id, config)
     if results.finished is not None:
         print(f"run_id: {results.folder} is finished with the same config", file=sys.stderr)
-        return results.finished
-    arms: dict[str, dict[str, list[RoundRecord]]] = {name: {} for name in config.arms}
-    samples: list[dict[str, Any]] = []
+        return _brief(results.finished)
+    measured = Measured(config, results)
     status = "interrupted"
-    tracker = make_tracker(config.wandb, results.folder.name, str(results.folder), asdict(config))
     try:
         pair = config.load()
         for text in texts:
             current: Dialogue | RecordedDialogue = text
-            for name in config.arms:
-                rounds = arms[name].setdefault(text.id, [])
-                with Live(f"{text.id} {name}", config.max_new_tokens) as live:
-
-                    def on_round(turn: int, record: RoundRecord, new: list[int]) -> None:
-                        rounds.append(record)
-                        row = {"arm": name, "conversation": text.id, "turn": turn,
-                               "seed": config.seed + text.seed, **asdict(record)}  # fmt: skip
-                        results.append("metrics.jsonl", row)
-                        tracker.log(_tracked(name, record))
-                        live.show(rounds)
-
-                    done = decode(ARMS[name](pair, config), current, config, on_round)
+            for arm in config.arms:
+                with Live(f"{text.id} {arm}", config.max_new_tokens) as live:
+                    observer = measured.observer(arm, text, live.show)
+                    done = decode(ARMS[arm](pair, config), current, config, observer)
+                measured.sample(pair, arm, text.id, done)
                 if isinstance(current, Dialogue):
                     current = recorded(text, done)
-                samples.append(_sample(pair, name, text.id, done))
-                results.append("samples.jsonl", samples[-1])
         status = "finished"
     finally:
         # an interruption loses nothing that was measured
-        tracker.close()
-        summary = _summarise(config, arms, samples, results.folder)
-        results.finish(summary, status)
-    _print(config, arms, samples, results.folder)
-    return summary | {"status": status}
+        summary = measured.finish(status)
+    measured.show()
+    return _brief(summary)
 
 
-def record(config: Record) -> dict[str, Any]:
-    """Decode the workload once and write its path; returns the JSON summary."""
-    out = Path(config.out)
-    if out.exists():
-        raise UserError(f"out: {out} exists: choose another name")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    texts = dialogues(config)
-    pair = config.load()
-    written: list[RecordedDialogue] = []
-    for text in texts:
-        rounds: list[RoundRecord] = []
-        with Live(text.id, config.max_new_tokens) as live:
+class Measured:
+    """Everything a run has measured so far, in memory and in its results folder."""
 
-            def on_round(turn: int, record: RoundRecord, new: list[int]) -> None:
-                rounds.append(record)
-                live.show(rounds)
+    def __init__(self, config: Run, results: Results) -> None:
+        self._config, self._results = config, results
+        self._arms: dict[str, dict[str, list[RoundRecord]]] = {}
+        self._samples: list[dict[str, Any]] = []
+        self._tracker = make_tracker(
+            config.wandb, results.folder.name, str(results.folder), asdict(config)
+        )
 
-            done = decode(ARMS["static"](pair, config), text, config, on_round)
-        written.append(recorded(text, done))
-        _path_file(config, written).write(out)  # after every conversation: nothing is lost
-        _print_loops(text.id, done.tokens)
-    return {"out": str(out), "tokens": sum(len(a) for d in written for a in d.answers)}
+    def observer(
+        self,
+        arm: str,
+        text: Dialogue | RecordedDialogue,
+        show: Callable[[list[RoundRecord]], None],
+    ) -> OnRound:
+        """Called after every round of ``arm`` on ``text``."""
+        rounds = self._arms.setdefault(arm, {}).setdefault(text.id, [])
+        head = {"arm": arm, "conversation": text.id, "seed": self._config.seed + text.seed}
+
+        def on_round(turn: int, record: RoundRecord) -> None:
+            rounds.append(record)
+            self._results.append("metrics.jsonl", head | {"turn": turn} | asdict(record))
+            self._tracker.log(
+                {"tokens": record.position, f"{arm}/num_accepted": record.num_accepted,
+                 f"{arm}/num_drafted": record.num_drafted, f"{arm}/total_ms": record.total_ms}
+            )  # fmt: skip
+            show(rounds)
+
+        return on_round
+
+    def sample(self, pair: ModelPair, arm: str, conversation: str, done: Decoded) -> None:
+        """Keep the text of one dialogue, and say whether it loops."""
+        windows = distinct_4_windows(done.tokens)
+        turns = zip(done.turns, done.answers, done.finish_reasons, strict=True)
+        self._samples.append(
+            {
+                "arm": arm,
+                "conversation": conversation,
+                "tokens": len(done.tokens),
+                "distinct_4": distinct_4(done.tokens),
+                "distinct_4_per_1000": windows,
+                "loops": [i for i, value in enumerate(windows) if value < LOOP],
+                "turns": [
+                    {"user": user, "assistant": pair.tokenizer.decode(answer), "finish": reason}
+                    for user, answer, reason in turns
+                ],
+            }
+        )
+        self._results.append("samples.jsonl", self._samples[-1])
+
+    def finish(self, status: str) -> dict[str, Any]:
+        """Write figure and summary; returns the summary."""
+        self._tracker.close()
+        self._arms = {
+            arm: {text: rounds for text, rounds in texts.items() if rounds}
+            for arm, texts in self._arms.items()
+            if any(texts.values())
+        }
+        pooled = {arm: [r for t in texts.values() for r in t] for arm, texts in self._arms.items()}
+        summary = {
+            "results": str(self._results.folder),
+            "status": status,
+            "arms": {arm: asdict(summarise(rounds)) for arm, rounds in pooled.items()},
+            "distinct_4_per_1000": {
+                f"{s['conversation']}/{s['arm']}": s["distinct_4_per_1000"] for s in self._samples
+            },
+            "loops": [f"{s['conversation']}/{s['arm']}" for s in self._samples if s["loops"]],
+        }
+        if pooled:
+            longest = max(r.position + r.num_emitted for rounds in pooled.values() for r in rounds)
+            summary["curves"] = self._curves(bin_edges(longest, BIN))
+            position_figure(
+                self._arms, ("overlap", "acceptance_length"),
+                self._results.folder / "acceptance_vs_position.png", self._caption(), BIN,
+            )  # fmt: skip
+        self._results.finish(summary)
+        return summary
+
+    def show(self) -> None:
+        """The table, and a warning for every text that loops."""
+        console = Console()
+        console.print(arms_table(self._arms, self._caption()))
+        for sample in self._samples:
+            if sample["loops"]:
+                console.print(
+                    f"{sample['conversation']} {sample['arm']} repeats itself in windows "
+                    f"{sample['loops']} of 1,000 tokens, which flatters its acceptance"
+                )
+        console.print(f"records and figure: {self._results.folder}", soft_wrap=True)
+
+    def _curves(self, edges: list[int]) -> dict[str, Any]:
+        """quantity -> arm -> conversation -> [[position, value], ...], what is missing left out."""
+        return {
+            quantity: {
+                arm: {text: _points(curve(rounds, edges)) for text, rounds in texts.items()}
+                for arm, texts in self._arms.items()
+            }
+            for quantity, curve in CURVES.items()
+        }
+
+    def _caption(self) -> str:
+        c = self._config
+        texts = max((len(texts) for texts in self._arms.values()), default=0)
+        return (
+            f"{c.target}, {c.dtype}, {c.workload}, temperature {c.temperature}, top-p {c.top_p}, "
+            f"{c.acceptance}, gamma {c.gamma}, seed {c.seed}, n = {texts}"
+        )
 
 
 def _texts(config: Run) -> list[Dialogue] | list[RecordedDialogue]:
@@ -140,100 +201,14 @@ def _texts(config: Run) -> list[Dialogue] | list[RecordedDialogue]:
     return path.dialogues[: config.conversations or None]
 
 
-def _path_file(config: Record, written: list[RecordedDialogue]) -> PathFile:
-    return PathFile(
-        config.target, config.dtype, config.temperature, config.top_p, config.top_k,
-        config.repetition_penalty, written,
-    )  # fmt: skip
+def _points(curve: Any) -> list[tuple[float, float]]:
+    return [
+        (position, value)
+        for position, value in zip(curve.position, curve.value, strict=True)
+        if not math.isnan(value)
+    ]
 
 
-def _sample(pair: Any, arm: str, conversation: str, done: Any) -> dict[str, Any]:
-    tokens = done.tokens
-    windows = distinct_4_windows(tokens)
-    return {
-        "arm": arm,
-        "conversation": conversation,
-        "tokens": len(tokens),
-        "distinct_4": distinct_4(tokens),
-        "distinct_4_per_1000": windows,
-        "loops": [i for i, value in enumerate(windows) if value < LOOP],
-        "turns": [
-            {"user": user, "assistant": pair.tokenizer.decode(answer), "finish_reason": reason}
-            for user, answer, reason in zip(
-                done.turns, done.answers, done.finish_reasons, strict=True
-            )
-        ],
-    }
-
-
-def _tracked(arm: str, record: RoundRecord) -> dict[str, Any]:
-    overlap = sum(record.overlap) / len(record.overlap) if record.overlap else None
-    return {
-        "tokens": record.position,
-        f"{arm}/num_accepted": record.num_accepted,
-        f"{arm}/num_drafted": record.num_drafted,
-        f"{arm}/overlap": overlap,
-        f"{arm}/total_ms": record.total_ms,
-    }
-
-
-def _summarise(
-    config: Run,
-    arms: dict[str, dict[str, list[RoundRecord]]],
-    samples: list[dict[str, Any]],
-    folder: Path,
-) -> dict[str, Any]:
-    """Pooled summaries, curves of every conversation, and the figure."""
-    measured = {name: {k: v for k, v in c.items() if v} for name, c in arms.items()}
-    measured = {name: c for name, c in measured.items() if c}
-    if measured:
-        models = f"{config.target}, {config.dtype}, temperature {config.temperature}"
-        caption = f"{models}, gamma {config.gamma}, seed {config.seed}, n = {len(samples)} texts"
-        position_figure(
-            measured, ("overlap", "acceptance_length"),
-            folder / "acceptance_vs_position.png", caption,
-        )  # fmt: skip
-    longest = max(
-        (r.position + r.num_emitted for c in measured.values() for v in c.values() for r in v),
-        default=0,
-    )
-    edges = bin_edges(longest, 250)
-    return {
-        "results": str(folder),
-        "arms": {
-            name: asdict(summarise(r for rounds in c.values() for r in rounds))
-            for name, c in measured.items()
-        },
-        "curves": {
-            quantity: {
-                name: {key: asdict(curve(rounds, edges)) for key, rounds in c.items()}
-                for name, c in measured.items()
-            }
-            for quantity, curve in CURVES.items()
-        },
-        "distinct_4_per_1000": {
-            f"{s['conversation']}/{s['arm']}": s["distinct_4_per_1000"] for s in samples
-        },
-        "loops": [f"{s['conversation']}/{s['arm']}" for s in samples if s["loops"]],
-    }
-
-
-def _print(
-    config: Run, arms: dict[str, dict[str, Rounds]], samples: list[dict[str, Any]], folder: Path
-) -> None:
-    console = Console()
-    console.print(arms_table(arms, f"{config.target}, gamma {config.gamma}, {config.acceptance}"))
-    for sample in samples:
-        if sample["loops"]:
-            console.print(
-                f"[yellow]{sample['conversation']} {sample['arm']} loops in windows "
-                f"{sample['loops']} of 1,000 tokens: its acceptance is flattered"
-            )
-    console.print(f"figure and records: {folder}")
-
-
-def _print_loops(conversation: str, tokens: list[int]) -> None:
-    windows = distinct_4_windows(tokens)
-    values = " ".join(f"{value:.2f}" for value in windows)
-    flag = "  LOOPS" if any(value < LOOP for value in windows) else ""
-    print(f"{conversation}: {len(tokens)} tokens, distinct-4 per 1,000: {values}{flag}")
+def _brief(summary: dict[str, Any]) -> dict[str, Any]:
+    """Without the curves, for the last line of stdout."""
+    return {key: value for key, value in summary.items() if key != "curves"}

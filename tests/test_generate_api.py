@@ -44,7 +44,8 @@ def test_unset_fields_are_resolved_as_transformers_resolves_them(pair):
     [
         {"num_beams": 3}, {"no_repeat_ngram_size": 2}, {"typical_p": 0.5}, {"top_h": 0.3},
         {"bad_words_ids": [[4]]}, {"guidance_scale": 2.0}, {"epsilon_cutoff": 0.1},
-        {"num_return_sequences": 2, "do_sample": True}, {"output_scores": True}, {"sequence_bias": {(3,): 1.0}},
+        {"num_return_sequences": 2, "do_sample": True}, {"output_scores": True},
+        {"sequence_bias": {(3,): 1.0}},
         {"forced_eos_token_id": 3}, {"prompt_lookup_num_tokens": 3}, {"token_healing": True},
     ],
     ids=str,
@@ -167,8 +168,8 @@ def test_custom_generate_refuses_what_it_would_ignore(pair, decoder):
         generate(past_key_values=filled)
     with pytest.raises(UserError, match="attention_mask"):
         generate(attention_mask=torch.tensor([[0, 1, 1]]))
+    other = tiny.model("llama3.1", seed=9)
     with pytest.raises(UserError, match="another target"):
-        other = tiny.model("llama3.1", seed=9)
         other.generate(PROMPT, max_new_tokens=5, custom_generate=decoder)
 
 

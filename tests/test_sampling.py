@@ -1,4 +1,4 @@
-"""Warping equals transformers' own processors; distributions and the coupled noise keep promises."""
+"""Warping equals transformers' own processors; the acceptance rules and the noise keep promises."""
 
 import pytest
 import torch

@@ -47,7 +47,7 @@ ACCEPTANCE = ("greedy", "rejection", "coupled")
 MAX_LAG = 128  # committed positions whose overlap may wait for the draft's row
 NOTHING = Proposal([], None, [], None)
 
-OnRound = Callable[[RoundRecord, list[int]], None]
+OnRound = Callable[[RoundRecord], None]
 
 
 @dataclass(slots=True)
@@ -146,7 +146,7 @@ class SpeculativeDecoder:
             stopping_criteria: asked once a token, without scores.
             path: commit these tokens instead (see `tts.sampling.Recorded`); ``coupled`` or greedy.
             session: from `session`, to continue with warm caches.
-            on_round: called after every round with its record and the tokens it committed.
+            on_round: called after every round with its record.
 
         Raises:
             UserError: for a prompt that is empty, batched or longer than the context, and for
@@ -179,11 +179,10 @@ class SpeculativeDecoder:
             before = len(session.sequence)
             rounds.append(self._round(session, run))
             rounds[-1].prefill_ms, prefill_ms = prefill_ms, 0.0
-            committed = session.sequence[before:]
             if streamer is not None:
-                streamer.put(torch.tensor(committed))
+                streamer.put(torch.tensor(session.sequence[before:]))
             if on_round is not None:
-                on_round(rounds[-1], committed)
+                on_round(rounds[-1])
         if streamer is not None:
             streamer.end()
         sequences = torch.tensor([session.sequence], device=input_ids.device)

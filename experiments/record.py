@@ -1,0 +1,64 @@
+"""`tts record`: write the tokens of conversations once, so that any later run can commit them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.arms import ARMS
+from experiments.decode import decode, recorded
+from experiments.live import Live
+from experiments.options import ModelOptions, SpeculationOptions, TextOptions
+from experiments.workload import PathFile, RecordedDialogue, dialogues
+from tts.errors import UserError
+from tts.metrics import LOOP, distinct_4_windows
+from tts.records import RoundRecord
+
+
+@dataclass(frozen=True)
+class Record(ModelOptions, TextOptions, SpeculationOptions):
+    """Write the token path of conversations once.
+
+    Args:
+        out: file to write; it must not exist.
+    """
+
+    out: str = "path.json"
+    gamma: int = 0
+
+    def __post_init__(self) -> None:
+        TextOptions.__post_init__(self)
+        SpeculationOptions.__post_init__(self)
+
+
+def record(config: Record) -> dict[str, Any]:
+    """Decode the workload and write its path after every conversation; returns the summary."""
+    out = Path(config.out)
+    if out.exists():
+        raise UserError(f"out: {out} exists: choose another name")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    texts = dialogues(config)
+    pair = config.load()
+    written: list[RecordedDialogue] = []
+    for text in texts:
+        rounds: list[RoundRecord] = []
+        with Live(text.id, config.max_new_tokens) as live:
+            observer = _collector(rounds, live)
+            done = decode(ARMS["static"](pair, config), text, config, observer)
+        written.append(recorded(text, done))
+        PathFile(
+            config.target, config.dtype, config.temperature, config.top_p, config.top_k,
+            config.repetition_penalty, written,
+        ).write(out)  # fmt: skip
+        windows = distinct_4_windows(done.tokens)
+        loops = "  LOOPS" if any(value < LOOP for value in windows) else ""
+        shown = " ".join(f"{value:.2f}" for value in windows)
+        print(f"{text.id}: {len(done.tokens)} tokens, distinct-4 per 1,000: {shown}{loops}")
+    return {"out": str(out), "tokens": sum(len(a) for d in written for a in d.answers)}
+
+
+def _collector(rounds: list[RoundRecord], live: Live) -> Any:
+    def on_round(turn: int, record: RoundRecord) -> None:
+        rounds.append(record)
+        live.show(rounds)
+
+    return on_round
