@@ -27,6 +27,7 @@ class Verb(NamedTuple):
 VERBS = {
     "run": Verb("experiments.run", "Run", "run", "decode conversations, curve over the output"),
     "record": Verb("experiments.record", "Record", "record", "write a token path for paired runs"),
+    "bench": Verb("experiments.bench", "Bench", "bench", "time it beside transformers"),
     "selftext": Verb(
         "experiments.distill_offline", "SelfText", "selftext", "let the target write training text"
     ),

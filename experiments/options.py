@@ -28,8 +28,9 @@ class ModelOptions:
     dtype: str = "bfloat16"
     device: str = "cpu"
 
-    def load(self) -> ModelPair:
-        return load_pair(self.target, self.draft, dtype=self.dtype, device=self.device)
+    def load(self, stock: bool = False) -> ModelPair:
+        """The pair; ``stock`` leaves out our attention and packing, as transformers loads it."""
+        return load_pair(self.target, self.draft, dtype=self.dtype, device=self.device, stock=stock)
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ def load_pair(
     *,
     dtype: str = "bfloat16",
     device: str = "cpu",
+    stock: bool = False,
 ) -> ModelPair:
     """Load target and draft; everything that can be refused is refused before weights are read.
 
@@ -71,6 +72,7 @@ def load_pair(
         draft: local folder or hub id; None takes the draft shipped for a packaged target.
         dtype: ``bfloat16``, ``float16`` or ``float32``, for both.
         device: ``cpu``, ``cuda``, ``cuda:1``, ...
+        stock: load as transformers does, without `tts.attention` and `tts.packing`.
 
     Raises:
         UserError: unknown dtype or device, a model that is not there, or a draft whose ids differ.
@@ -94,14 +96,16 @@ def load_pair(
         )
     if not is_reduced:
         check_same_ids(tokenizer, _tokenizer(draft_folder, "draft"))
-    model = _load(target_folder, "target", dtype, device)
+    attention = "sdpa" if stock else "tts"
+    model = _load(target_folder, "target", dtype, device, attention)
     small = (
         reduced.load(Path(draft_folder), model)
         if is_reduced
-        else _load(draft_folder, "draft", dtype, device)
+        else _load(draft_folder, "draft", dtype, device, attention)
     )
-    pack(model)
-    pack(small)
+    if not stock:
+        pack(model)
+        pack(small)
     return ModelPair(model, small, tokenizer, f"{target}+{draft}")
 
 
@@ -111,7 +115,7 @@ def load_target(
     """The target alone, with its tokenizer; arguments and errors as in `load_pair`."""
     check_device(dtype, device)
     folder = _resolve(target, "target")
-    model = _load(folder, "target", dtype, device)
+    model = _load(folder, "target", dtype, device, "tts")
     pack(model)
     return model, _tokenizer(folder, "target")
 
@@ -195,9 +199,9 @@ def _config(folder: str, field: str) -> PreTrainedConfig:
     return _pretrained(AutoConfig, folder, f"{field} config")
 
 
-def _load(folder: str, field: str, dtype: str, device: str) -> PreTrainedModel:
+def _load(folder: str, field: str, dtype: str, device: str, attention: str) -> PreTrainedModel:
     model = _pretrained(
-        AutoModelForCausalLM, folder, field, dtype=DTYPES[dtype], attn_implementation="tts"
+        AutoModelForCausalLM, folder, field, dtype=DTYPES[dtype], attn_implementation=attention
     )
     return model.to(device).eval().requires_grad_(False)
 

@@ -1,0 +1,210 @@
+"""`tts bench`: tokens per second beside transformers' own ways to decode, in one process.
+
+Arms take turns on the same prompts, several segments of growing context, so that a machine whose
+speed drifts slows all of them. Every arm is timed from its first token to its last; the prompt is
+not counted. End-of-sequence is held back, so that all write equally many tokens.
+"""
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import GenerationConfig, PreTrainedModel
+
+from controllers import make_policy
+from experiments.options import ModelOptions, TextOptions
+from experiments.report import number
+from experiments.results import Results
+from experiments.workload import PathFile
+from tts.chat import ChatFormat
+from tts.engine import SpeculativeDecoder
+from tts.errors import UserError
+from tts.models import ModelPair
+
+Arm = Callable[[torch.Tensor, GenerationConfig, int, "Clock"], None]
+
+
+@dataclass(frozen=True)
+class Bench(ModelOptions, TextOptions):
+    """Tokens per second against transformers, arms interleaved.
+
+    Args:
+        path: recorded conversations whose prefixes are the prompts.
+        segments: prompts; each arm decodes each once.
+        segment_tokens: new tokens an arm and segment.
+        gammas: our fixed lengths; 0 is the target alone.
+        lengths: transformers' constant lengths.
+        peers: also time transformers.
+        results: folder for all results.
+        run_id: a new one if empty.
+    """
+
+    path: str = ""
+    segments: int = 6
+    segment_tokens: int = 96
+    gammas: tuple[int, ...] = (0, 1, 2, 3, 4)
+    lengths: tuple[int, ...] = (1, 2, 3, 4)
+    peers: bool = True
+    results: str = "results"
+    run_id: str = ""
+
+    def __post_init__(self) -> None:
+        TextOptions.__post_init__(self)
+        if self.segments < 1 or self.segment_tokens < 2:
+            raise UserError("segments, segment_tokens: use at least 1 and 2")
+        for gamma in (*self.gammas, *self.lengths):
+            make_policy("fixed", gamma=gamma)
+
+
+class Clock:
+    """A streamer that notes when tokens come; the first put is the prompt, the second prefill."""
+
+    def __init__(self) -> None:
+        self._marks: list[tuple[float, int]] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self._marks.append((time.perf_counter(), value.numel()))
+
+    def end(self) -> None:
+        pass
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens after the first ones / seconds since then."""
+        (began, _), *later = self._marks[1:]
+        return sum(count for _, count in later) / (later[-1][0] - began)
+
+
+def bench(config: Bench) -> dict[str, Any]:
+    """Time all arms, print the table, write the results folder; returns the summary."""
+    results = Results(config.results, "bench", config.run_id, config)
+    if results.finished is not None:
+        print(f"run_id: {results.folder} is finished with the same config", file=sys.stderr)
+        return results.finished
+    pair = config.load()
+    prompts = _prompts(config, pair)
+    arms = _arms(config, pair)
+    speeds: dict[str, list[float]] = {name: [] for name in arms}
+    generation = config.generation_config(config.segment_tokens)
+    generation.min_new_tokens = config.segment_tokens
+    for name, arm in arms.items():  # warm up: kernels, allocator
+        arm(prompts[0][:, -64:], config.generation_config(8), 0, Clock())
+    for index, prompt in enumerate(prompts):
+        # every segment starts with another arm
+        order = list(arms)[index % len(arms) :] + list(arms)[: index % len(arms)]
+        for name in order:
+            clock = Clock()
+            arms[name](prompt, generation, config.seed + index, clock)
+            speeds[name].append(clock.tokens_per_second)
+            row = {"arm": name, "segment": index, "context": prompt.shape[1],
+                   "tok_s": speeds[name][-1], "load": os.getloadavg()[0]}  # fmt: skip
+            results.append("metrics.jsonl", row)
+            print(row, file=sys.stderr)
+    summary = _summary(speeds, results)
+    results.finish(summary)
+    _show(speeds, [prompt.shape[1] for prompt in prompts])
+    return summary
+
+
+def _prompts(config: Bench, pair: ModelPair) -> list[torch.Tensor]:
+    """Prefixes of the recorded conversations, each cut before an answer, later and later."""
+    if not config.path:
+        raise UserError("path: give a file of `tts record`: its conversations are the prompts")
+    recorded = PathFile.read(config.path).dialogues
+    chat = ChatFormat.of(pair.tokenizer)
+    made = []
+    for index in range(config.segments):
+        dialogue = recorded[index % len(recorded)]
+        turns = 1 + round((len(dialogue.answers) - 1) * index / max(1, config.segments - 1))
+        sequence: list[int] = []
+        for user, answer in list(zip(dialogue.turns, dialogue.answers, strict=False))[:turns]:
+            ids = pair.tokenizer(user, add_special_tokens=False)["input_ids"]
+            sequence += chat.user_turn(ids, sequence)
+            prompt = torch.tensor([sequence])
+            sequence = sequence + answer
+        made.append(prompt)
+    return made
+
+
+def _arms(config: Bench, pair: ModelPair) -> dict[str, Arm]:
+    arms: dict[str, Arm] = {}
+    for gamma in config.gammas:
+        arms[f"ours, gamma {gamma}"] = _ours(pair, gamma)
+    if not config.peers:
+        return arms
+    target, draft, *_ = config.load(stock=True)
+    arms["transformers, plain"] = _peer(target)
+    arms["transformers, plain, our kernels"] = _peer(pair.target)
+    # the default: up to 20 tokens, stopped by a confidence threshold that is refitted online
+    arms["transformers, assisted, default"] = _peer(target, draft)
+    for length in config.lengths:
+        arms[f"transformers, assisted, constant {length}"] = _peer(
+            target, draft, num_assistant_tokens=length, assistant_confidence_threshold=0.0
+        )
+    arms["transformers, assisted, heuristic"] = _peer(
+        target, draft, num_assistant_tokens=5, num_assistant_tokens_schedule="heuristic",
+        assistant_confidence_threshold=0.0,
+    )  # fmt: skip
+    arms["transformers, prompt lookup"] = _peer(target, prompt_lookup_num_tokens=10)
+    return arms
+
+
+def _ours(pair: ModelPair, gamma: int) -> Arm:
+    decoder = SpeculativeDecoder(pair, policy=make_policy("fixed", gamma=gamma))
+
+    def arm(prompt: torch.Tensor, config: GenerationConfig, seed: int, clock: Clock) -> None:
+        decoder.generate(prompt, generation_config=config, seed=seed, streamer=clock)
+
+    return arm
+
+
+def _peer(target: PreTrainedModel, draft: PreTrainedModel | None = None, **settings: Any) -> Arm:
+    """transformers' `generate`; what concerns drafting is read off the draft's own config."""
+    lookup = {k: settings.pop(k) for k in list(settings) if k.startswith("prompt_lookup")}
+    drafting = None
+    if draft is not None:
+        drafting = GenerationConfig.from_dict(draft.generation_config.to_dict() | settings)
+
+    def arm(prompt: torch.Tensor, config: GenerationConfig, seed: int, clock: Clock) -> None:
+        torch.manual_seed(seed)
+        if draft is not None:
+            draft.generation_config = drafting
+        own = GenerationConfig.from_dict(config.to_dict() | lookup)
+        target.generate(prompt, generation_config=own, assistant_model=draft, streamer=clock)
+
+    return arm
+
+
+def _summary(speeds: dict[str, list[float]], results: Results) -> dict[str, Any]:
+    return {
+        "results": str(results.folder),
+        "status": "finished",
+        "load": os.getloadavg(),
+        "tok_s_median": {name: statistics.median(values) for name, values in speeds.items()},
+        "tok_s": speeds,
+    }
+
+
+def _show(speeds: dict[str, list[float]], contexts: list[int]) -> None:
+    table = Table(title=f"tokens per second; contexts {contexts}; load {os.getloadavg()[0]:.1f}")
+    table.add_column("arm")
+    for column in ("median", "min", "max", "/ gamma 0", "/ plain"):
+        table.add_column(column, justify="right")
+    alone, plain = speeds.get("ours, gamma 0"), speeds.get("transformers, plain")
+    for name, values in sorted(speeds.items(), key=lambda item: -statistics.median(item[1])):
+        ratios = [
+            number(statistics.median(a / b for a, b in zip(values, base, strict=True)), 2)
+            if base
+            else "-"
+            for base in (alone, plain)
+        ]
+        spread = (number(x, 1) for x in (statistics.median(values), min(values), max(values)))
+        table.add_row(name, *spread, *ratios)
+    Console().print(table)
