@@ -94,7 +94,7 @@ def bench(config: Bench) -> dict[str, Any]:
     speeds: dict[str, list[float]] = {name: [] for name in arms}
     generation = config.generation_config(config.segment_tokens)
     generation.min_new_tokens = config.segment_tokens
-    for name, arm in arms.items():  # warm up: kernels, allocator
+    for arm in arms.values():  # warm up: kernels, allocator
         arm(prompts[0][:, -64:], config.generation_config(8), 0, Clock())
     for index, prompt in enumerate(prompts):
         # every segment starts with another arm

@@ -4,34 +4,36 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from tts.distill.corpus import load_corpus, save_corpus
-from tts.distill.offline import OfflineConfig, OfflineTrainer, Teacher, frequent_ids
-from tts.distill.selftext import SelfTextConfig, write_batches
+from tts.distill.corpus import Corpus, annotate, read_tokens
+from tts.distill.offline import OfflineConfig, OfflineTrainer, frequent_ids
+from tts.distill.selftext import SelfTextConfig, write_shards
 from tts.drafting import reduced
-from tts.errors import UserError
 from tts.models import load_target
 from tts.vocabulary import fingerprint
+
+ANNOTATED = 16  # sequences a shard, of text that is read
 
 
 @dataclass(frozen=True)
 class SelfText:
-    """Let the target write text for `tts distill-offline`.
+    """Let the target write text for `tts distill-offline`; run it again for more.
 
     Args:
-        out: safetensors file to write; it must not exist.
+        out: folder to which shards are added.
         target: alias, folder or hub id.
         dtype: bfloat16, float16 or float32.
         device: cpu or cuda.
-        text: how it is sampled.
+        tokens: a file of token ids that the target wrote before; it is read instead.
+        text: how the text is sampled.
     """
 
-    out: str = "selftext.safetensors"
+    out: str = "selftext"
     target: str = "smollm2-135m"
     dtype: str = "bfloat16"
     device: str = "cpu"
+    tokens: str = ""
     text: SelfTextConfig = field(default_factory=SelfTextConfig)
 
 
@@ -40,60 +42,58 @@ class DistillOffline:
     """Train an autoregressive draft from self-written text; goes on where it was stopped.
 
     Args:
-        corpus: files of `tts selftext`.
+        corpus: folders of `tts selftext` to train on.
+        held_out: folder of `tts selftext` to evaluate on.
         out: folder for the draft, its checkpoint and its log.
         target: alias, folder or hub id.
         device: cpu or cuda.
-        length: tokens a sequence; longer ones are cut.
-        sequences: use only so many sequences (0: all).
         training: what is trained, and for how long.
     """
 
-    corpus: tuple[str, ...] = ("selftext.safetensors",)
+    corpus: tuple[str, ...] = ("selftext",)
+    held_out: str = "held-out"
     out: str = "draft"
     target: str = "smollm2-135m"
     device: str = "cpu"
-    length: int = 512
-    sequences: int = 0
     training: OfflineConfig = field(default_factory=OfflineConfig)
 
 
 def selftext(config: SelfText) -> dict[str, object]:
-    """Write the text; returns the JSON summary."""
-    out = Path(config.out)
-    if out.exists():
-        raise UserError(f"out: {out} exists: choose another name")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    """Write shards; returns the JSON summary."""
     target, tokenizer = load_target(config.target, dtype=config.dtype, device=config.device)
-    tokens, generated = [], []
-    with tqdm(total=config.text.sequences, unit="seq", desc="selftext") as bar:
-        for batch, answers in write_batches(target, tokenizer, config.text):
-            tokens.append(batch)
-            generated.append(answers)
-            bar.update(len(batch))
-            # what is written survives an interruption
-            save_corpus(out, torch.cat(tokens), torch.cat(generated))
-    counted = torch.cat(generated)
-    return {"out": str(out), "tokens": counted.numel(), "generated": int(counted.sum())}
+    out, temperature = Path(config.out), config.text.temperature
+    if config.tokens:
+        tokens, counts = read_tokens(Path(config.tokens), config.text.length)
+        parts = list(zip(tokens.split(ANNOTATED), counts.split(ANNOTATED), strict=True))
+        shards = (annotate(target, *part, temperature) for part in parts)
+        total = len(tokens)
+    else:
+        shards = write_shards(target, tokenizer, config.text)
+        total = config.text.sequences
+    written = counted = 0
+    with tqdm(total=total, unit="sequence", desc=str(out)) as bar:
+        for shard in shards:
+            shard.save(out, temperature)
+            written += shard.tokens.numel()
+            counted += len(shard.log_mass)
+            bar.update(len(shard.tokens))
+    return {"out": str(out), "tokens": written, "generated": counted}
 
 
 def distill_offline(config: DistillOffline) -> dict[str, object]:
     """Train the draft; returns the last evaluation as the JSON summary."""
     folder, training = Path(config.out), config.training
-    corpus = load_corpus([Path(path) for path in config.corpus], config.length)
-    if config.sequences:
-        corpus = corpus.select(slice(0, config.sequences))
+    corpus = Corpus([Path(path) for path in config.corpus], training.temperature)
+    held_out = Corpus([Path(config.held_out)], training.temperature)
     target, tokenizer = load_target(config.target, device=config.device)
-    with tqdm(total=1.0, desc="target's hidden states", bar_format="{l_bar}{bar}") as bar:
-        teacher = Teacher(target, corpus, training.temperature, lambda x: bar.update(x - bar.n))
     ids = frequent_ids(corpus, training.draft_vocab_size, [tokenizer.eos_token_id])
     draft = reduced.from_target(target, ids, list(training.layers), fingerprint(tokenizer))
-    trainer = OfflineTrainer(draft, teacher, corpus, training, folder)
+    del target
+    trainer = OfflineTrainer(draft, corpus, held_out, training, folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "training.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
     with tqdm(total=trainer.steps, initial=trainer.step, desc="training", unit="step") as bar:
-        for report in trainer.run():
-            bar.update(report.step - bar.n)
+        for report in trainer.run(lambda: bar.update(1)):
             bar.set_postfix(
                 overlap=f"{report.overlap:.4f}", acceptance=f"{report.acceptance_length:.3f}"
             )

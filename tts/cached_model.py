@@ -48,7 +48,7 @@ class CachedModel:
         rows = len(tokens)
         device = self.model.device
         reduced = {} if self.columns is None else {"full_width": False}
-        with _HeadInput(self.model) as head:
+        with HeadInput(self.model) as head:
             output = self.model(
                 input_ids=torch.tensor([tokens], device=device),
                 attention_mask=self._window_mask(rows),
@@ -100,7 +100,7 @@ class CachedModel:
         return mask[None, None].to(self.model.device)
 
 
-class _HeadInput:
+class HeadInput:
     """Captures the input of the output embedding: the hidden state after the final norm."""
 
     hidden: torch.Tensor
@@ -108,7 +108,7 @@ class _HeadInput:
     def __init__(self, model: PreTrainedModel) -> None:
         self._head = model.get_output_embeddings()
 
-    def __enter__(self) -> "_HeadInput":
+    def __enter__(self) -> "HeadInput":
         def keep(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             self.hidden = inputs[0]
 

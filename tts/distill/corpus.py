@@ -1,85 +1,144 @@
-"""Text that the target wrote itself, as token ids: what an offline draft is trained on.
+"""Training text with what the target says about it: token ids and cached final hidden states.
 
-One safetensors file: ``tokens`` [N] all sequences end to end; ``offsets`` int64 [S+1], sequence i
-is tokens[offsets[i]:offsets[i+1]]; and which tokens the target generated as the assistant, either
-as ``generated`` uint8 [N] or, where it is the tail of each sequence, ``assistant_start`` int32 [S].
+A corpus is a folder of shards. A shard is one safetensors file: ``tokens`` int32 [S, L], sequences
+padded with zeros; ``counts`` uint8 [S, L-1], row t counts if the target generated token t+1;
+``hidden`` [R, H], the target's final hidden state of every counted row, sequence after sequence;
+``log_mass`` float32 [R], logsumexp of its logits / temperature. Teacher probabilities come from
+these with the frozen head, so the target itself is not run again.
 """
 
+from bisect import bisect_right
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from tts.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
-class Corpus:
-    """Padded sequences and the positions that count."""
+class Shard:
+    """Sequences of equal length and the target's view of the counted rows; see above."""
 
-    tokens: torch.Tensor  # int32 [sequences, length]
-    counts: torch.Tensor  # bool [sequences, length - 1]: token t+1 was generated, so row t counts
+    tokens: torch.Tensor
+    counts: torch.Tensor
+    hidden: torch.Tensor
+    log_mass: torch.Tensor
+
+    def save(self, folder: Path, temperature: float) -> None:
+        """Add to the corpus in ``folder``; a shard appears whole or not at all."""
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"{len(list(folder.glob('*.safetensors'))):05d}.safetensors"
+        tensors = {
+            "tokens": self.tokens.int(),
+            "counts": self.counts.to(torch.uint8),
+            "hidden": self.hidden,
+            "log_mass": self.log_mass,
+        }
+        tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
+        partial = folder / f".{name}.partial"
+        save_file(tensors, partial, {"temperature": str(temperature)})
+        partial.rename(folder / name)
+
+
+class Corpus:
+    """Shards of one or more folders; hidden states are read from disk when asked for.
+
+    Args:
+        folders: each written by `tts selftext`.
+        temperature: at which the teacher will be asked; it must be the one in the shards.
+
+    Raises:
+        UserError: a folder without shards, a damaged one, or another temperature.
+    """
+
+    def __init__(self, folders: list[Path], temperature: float) -> None:
+        files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
+        if not files:
+            names = ", ".join(map(str, folders))
+            raise UserError(f"corpus: no shards in {names}: write some with `tts selftext`")
+        tokens, counts = [], []
+        self._shards = []
+        for file in files:
+            try:
+                shard = safe_open(file, "pt")
+                tokens.append(shard.get_tensor("tokens"))
+                counts.append(shard.get_tensor("counts").bool())
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"corpus: {file} is damaged ({error}): delete it") from None
+            if float(shard.metadata()["temperature"]) != temperature:
+                raise UserError(
+                    f"temperature: {temperature} is not the {shard.metadata()['temperature']} that "
+                    f"{file} was written for: write the text again"
+                )
+            self._shards.append(shard)
+        length = max(part.shape[1] for part in tokens)
+        pad = torch.nn.functional.pad
+        self.tokens = torch.cat([pad(t, (0, length - t.shape[1])) for t in tokens])
+        self.counts = torch.cat([pad(c, (0, length - 1 - c.shape[1])) for c in counts])
+        self._first_sequence = [0]
+        self._first_row: list[int] = []  # of each sequence, within its shard
+        for part in counts:
+            self._first_sequence.append(self._first_sequence[-1] + len(part))
+            sizes = part.sum(1)
+            self._first_row += (sizes.cumsum(0) - sizes).tolist()
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def select(self, index: torch.Tensor | slice) -> "Corpus":
-        """The sequences at ``index``."""
-        return Corpus(self.tokens[index], self.counts[index])
+    def teacher(self, sequences: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(hidden [R, H], log_mass [R]) of the counted rows of ``sequences``, in their order."""
+        hidden, log_mass = [], []
+        for sequence in sequences.tolist():
+            shard = self._shards[bisect_right(self._first_sequence, sequence) - 1]
+            start = self._first_row[sequence]
+            rows = slice(start, start + int(self.counts[sequence].sum()))
+            hidden.append(shard.get_slice("hidden")[rows])
+            log_mass.append(shard.get_slice("log_mass")[rows])
+        return torch.cat(hidden), torch.cat(log_mass)
 
 
-def load_corpus(paths: list[Path], length: int) -> Corpus:
-    """Read and join files; sequences are cut into pieces of at most ``length`` tokens.
+@torch.inference_mode()
+def annotate(
+    target: PreTrainedModel, tokens: torch.Tensor, counts: torch.Tensor, temperature: float
+) -> Shard:
+    """Run ``target`` over text that it wrote elsewhere: ``tokens`` [S, L], ``counts`` [S, L-1]."""
+    output = target.base_model(input_ids=tokens[:, :-1].to(target.device))
+    hidden = output.last_hidden_state[counts.to(target.device)]
+    log_mass = torch.cat(
+        [
+            (target.get_output_embeddings()(rows).float() / temperature).logsumexp(-1)
+            for rows in hidden.split(512)
+        ]
+    )
+    return Shard(tokens, counts, hidden, log_mass)
+
+
+def read_tokens(file: Path, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(tokens [S, length], counts [S, length - 1])`` of a plain token file.
+
+    The file holds ``tokens`` [N] end to end, ``offsets`` [S+1], and ``assistant_start`` [S]: where
+    in each sequence the generated answer begins. Longer sequences are cut.
 
     Raises:
-        UserError: a file that is missing, damaged, or without the arrays named above.
+        UserError: a file that is missing or without these arrays.
     """
-    tokens: list[torch.Tensor] = []
-    counts: list[torch.Tensor] = []
-    for path in paths:
-        for sequence, generated in _sequences(path):
-            for piece, flags in zip(sequence.split(length), generated.split(length), strict=True):
-                if flags[1:].any():
-                    pad = length - len(piece)
-                    tokens.append(torch.nn.functional.pad(piece, (0, pad)))
-                    counts.append(torch.nn.functional.pad(flags[1:], (0, pad)))
-    if not tokens:
-        raise UserError(f"corpus: {', '.join(map(str, paths))} hold no generated token")
-    return Corpus(torch.stack(tokens).int(), torch.stack(counts))
-
-
-def save_corpus(path: Path, tokens: torch.Tensor, generated: torch.Tensor) -> None:
-    """Write sequences of equal length: ``tokens`` [S, L] and ``generated`` bool [S, L]."""
-    offsets = torch.arange(len(tokens) + 1, dtype=torch.int64) * tokens.shape[1]
-    small = torch.uint16 if int(tokens.max()) < 2**16 else torch.int32
-    save_file(
-        {
-            "tokens": tokens.flatten().to(small),
-            "generated": generated.flatten().to(torch.uint8),
-            "offsets": offsets,
-        },
-        path,
-    )
-
-
-def _sequences(path: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
     try:
-        arrays = load_file(path)
-        offsets = arrays["offsets"].tolist()
-        tokens = arrays["tokens"].int()
-        generated = torch.zeros(len(tokens), dtype=torch.bool)
-        if "generated" in arrays:
-            generated = arrays["generated"].bool()
-        else:
-            starts = arrays["assistant_start"].tolist()
-            for (start, end), answer in zip(pairwise(offsets), starts, strict=True):
-                generated[start + answer : end] = True
+        arrays = load_file(file)
+        sizes = arrays["offsets"].diff().tolist()
+        sequences = arrays["tokens"].int().split(sizes)
+        starts = arrays["assistant_start"].tolist()
     except FileNotFoundError:
-        raise UserError(f"corpus: no file {path}: make one with `tts selftext`") from None
+        raise UserError(f"tokens: no file {file}: check the path") from None
     except (SafetensorError, KeyError) as error:
-        raise UserError(f"corpus: {path} is not a self-text file ({error})") from None
-    lengths = [end - start for start, end in pairwise(offsets)]
-    return list(zip(tokens.split(lengths), generated.split(lengths), strict=True))
+        raise UserError(f"tokens: {file} is not a token file ({error})") from None
+    tokens = torch.zeros(len(sequences), length, dtype=torch.int32)
+    counts = torch.zeros(len(sequences), length - 1, dtype=torch.bool)
+    for row, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):
+        end = min(len(sequence), length)
+        tokens[row, :end] = sequence[:end]
+        counts[row, start - 1 : end - 1] = True
+    return tokens, counts

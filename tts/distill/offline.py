@@ -1,8 +1,8 @@
 """Train a draft before it ships: from text that its target wrote, for the overlap it decodes with.
 
-The target's final hidden states of all counted rows are computed once and kept; teacher logits are
-recomputed from them with the frozen head. Runs on CPU and GPU, in bfloat16 with float32 master
-weights, and goes on where it was stopped.
+Teacher probabilities are recomputed from cached hidden states with the frozen head; the target
+itself is not needed. Runs on CPU and GPU, in bfloat16 with float32 master weights, and goes on
+where it was stopped.
 """
 
 import json
@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
 
 from tts.distill.corpus import Corpus
 from tts.distill.losses import LOSSES, overlap
 from tts.drafting import reduced
 from tts.errors import UserError
 
-ROWS = 8192  # logit rows held at a time, of draft and target
+# logit rows held at a time: on a CPU few enough that the allocator reuses the same pages
+ROWS = {"cpu": 384, "cuda": 8192}
 GAMMA = 4  # acceptance length is reported at this speculation length
 
 
@@ -41,7 +41,6 @@ class OfflineConfig:
         learning_rate: peak of a cosine schedule with ``warmup`` steps.
         weight_decay: of AdamW.
         clip: maximal gradient norm.
-        held_out: share of the sequences kept for evaluation.
         every: steps between evaluations and checkpoints.
         seed: of the order of the sequences.
     """
@@ -57,7 +56,6 @@ class OfflineConfig:
     warmup: int = 50
     weight_decay: float = 0.01
     clip: float = 1.0
-    held_out: float = 0.02
     every: int = 500
     seed: int = 0
 
@@ -70,9 +68,8 @@ class OfflineConfig:
         for name in ("temperature", "learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name}: {getattr(self, name)} is not positive")
-        for name in ("warm_share", "held_out"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name}: {getattr(self, name)} is outside [0, 1)")
+        if not 0 <= self.warm_share <= 1:
+            raise UserError(f"warm_share: {self.warm_share} is outside [0, 1]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,68 +87,31 @@ class Report:
 
 def frequent_ids(corpus: Corpus, size: int, always: list[int]) -> torch.Tensor:
     """The ``size`` most frequent generated ids, those in ``always`` included, ascending."""
-    generated = corpus.tokens[:, 1:][corpus.counts].long()
-    counts = torch.bincount(generated)
+    counts = torch.bincount(corpus.tokens[:, 1:][corpus.counts].long())
     counts[always] = counts.max() + 1
     best = counts.argsort(descending=True, stable=True)[:size]
     return best[counts[best] > 0].sort().values
 
 
-class Teacher:
-    """The target's final hidden states of all counted rows, and what its head makes of them."""
-
-    def __init__(
-        self,
-        target: PreTrainedModel,
-        corpus: Corpus,
-        temperature: float,
-        progress: Callable[[float], None],
-    ) -> None:
-        self._temperature = temperature
-        self._head = target.get_output_embeddings().weight.detach()
-        first = corpus.counts.sum(1).cumsum(0)
-        self._start = torch.cat([first.new_zeros(1), first])  # first row of each sequence
-        rows, width = int(first[-1]), self._head.shape[1]
-        self._hidden = torch.empty(rows, width, dtype=target.dtype, device=target.device)
-        self._log_mass = torch.empty(rows, device=target.device)
-        batch = max(1, ROWS // corpus.tokens.shape[1])
-        with torch.inference_mode():
-            for i in range(0, len(corpus), batch):
-                part = corpus.select(slice(i, i + batch))
-                output = target.base_model(input_ids=part.tokens[:, :-1].to(target.device))
-                hidden = output.last_hidden_state[part.counts.to(target.device)]
-                at = slice(int(self._start[i]), int(self._start[min(i + batch, len(corpus))]))
-                self._hidden[at] = hidden
-                logits = (hidden @ self._head.T).float() / temperature
-                self._log_mass[at] = logits.logsumexp(-1)
-                progress((i + len(part)) / len(corpus))
-
-    def rows(self, sequences: torch.Tensor) -> torch.Tensor:
-        """Indices of the counted rows of ``sequences``, in their order."""
-        spans = [torch.arange(int(self._start[i]), int(self._start[i + 1])) for i in sequences]
-        return torch.cat(spans).to(self._hidden.device)
-
-    def log_p(self, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """log p of ``ids`` at ``rows``: `[rows, ids]` float32, the mass of other ids missing."""
-        logits = self._hidden[rows] @ self._head[ids].T
-        return logits.float() / self._temperature - self._log_mass[rows, None]
-
-
 class OfflineTrainer:
-    """Trains ``draft`` on ``corpus``; state lives in ``folder`` and is resumed from there."""
+    """Trains ``draft`` on ``corpus``; state lives in ``folder`` and is resumed from there.
+
+    The corpus may have grown when training is resumed, and the draft's vocabulary changed: neither
+    is part of what is trained.
+    """
 
     def __init__(
         self,
         draft: reduced.ReducedLlamaForCausalLM,
-        teacher: Teacher,
         corpus: Corpus,
+        held_out: Corpus,
         config: OfflineConfig,
         folder: Path,
     ) -> None:
+        # the head rows stay in the target's dtype, as the teacher's are
+        self._head = draft.lm_head.weight.detach().clone()
         self.draft, self.config, self.folder = draft.float().train(), config, folder
-        self._teacher, self._corpus = teacher, corpus
-        cut = len(corpus) - max(1, round(config.held_out * len(corpus)))
-        self._train, self._held_out = torch.arange(cut), torch.arange(cut, len(corpus))
+        self._corpus, self._held_out = corpus, held_out
         self._parameters = [
             parameter
             for name, parameter in draft.named_parameters()
@@ -169,13 +129,14 @@ class OfflineTrainer:
         if self._checkpoint.is_file():
             self._resume()
 
-    def run(self) -> Iterator[Report]:
+    def run(self, on_step: Callable[[], object] = lambda: None) -> Iterator[Report]:
         """Train to the end, yielding an evaluation every ``every`` steps and after the last."""
         losses: list[torch.Tensor] = []
         while self.step < self.steps:
             began = time.perf_counter()
             losses.append(self._update(self._batch(self.step)))
             self.step += 1
+            on_step()
             self._seconds += time.perf_counter() - began
             if self.step % self.config.every == 0 or self.step == self.steps:
                 report = self.evaluate(torch.stack(losses).mean().item())
@@ -188,13 +149,13 @@ class OfflineTrainer:
     @torch.no_grad()
     def evaluate(self, loss: float = math.nan) -> Report:
         """Overlap and acceptance length on the held-out sequences."""
-        counts = self._corpus.counts[self._held_out]
-        shared = torch.zeros(counts.shape)
+        corpus, everything = self._held_out, torch.arange(len(self._held_out))
+        counts, shared = corpus.counts, torch.zeros(corpus.counts.shape)
         shared[counts] = torch.cat(
             [
                 overlap(log_p, log_q).cpu()
-                for batch in self._held_out.split(self.config.batch_size)
-                for log_p, log_q in self._compare(self._hidden(batch), batch)
+                for batch in everything.split(self.config.batch_size)
+                for log_p, log_q in self._compare(self._hidden(corpus, batch), corpus, batch)
             ]
         )
         quarters = [
@@ -215,14 +176,14 @@ class OfflineTrainer:
 
     def _batch(self, step: int) -> torch.Tensor:
         """Sequences of a step: every epoch is a seeded shuffle, so that a step is resumable."""
-        size, total = self.config.batch_size, len(self._train)
+        size, total = self.config.batch_size, len(self._corpus)
         wanted = torch.arange(step * size, (step + 1) * size)
         batch = torch.empty_like(wanted)
         for epoch in (wanted // total).unique():
             random = torch.Generator().manual_seed(self.config.seed + int(epoch))
             here = wanted // total == epoch
             batch[here] = torch.randperm(total, generator=random)[wanted[here] % total]
-        return self._train[batch]
+        return batch
 
     def _update(self, batch: torch.Tensor) -> torch.Tensor:
         config = self.config
@@ -230,11 +191,11 @@ class OfflineTrainer:
             group["lr"] = config.learning_rate * _cosine(self.step, self.steps, config.warmup)
         warm = self.step < config.warm_share * self.steps
         loss_of = LOSSES["forward_kl" if warm else config.loss]
-        hidden = self._hidden(batch)
+        hidden = self._hidden(self._corpus, batch)
         # the head is frozen: its rows are walked through in chunks, gradients meet at its input
         leaf = hidden.detach().requires_grad_(True)
         total = torch.zeros((), device=hidden.device)
-        for log_p, log_q in self._compare(leaf, batch):
+        for log_p, log_q in self._compare(leaf, self._corpus, batch):
             loss = loss_of(log_p, log_q).sum() / len(leaf)
             loss.backward()
             total += loss.detach()
@@ -244,28 +205,27 @@ class OfflineTrainer:
         self._optimizer.zero_grad()
         return total
 
-    def _hidden(self, batch: torch.Tensor) -> torch.Tensor:
+    def _hidden(self, corpus: Corpus, batch: torch.Tensor) -> torch.Tensor:
         """The draft's final hidden states of the counted rows of ``batch``, `[rows, hidden]`."""
         device = self.draft.device
-        tokens = self._corpus.tokens[batch][:, :-1].to(device)
-        counts = self._corpus.counts[batch].to(device)
+        tokens = corpus.tokens[batch][:, :-1].to(device)
+        counts = corpus.counts[batch].to(device)
         with torch.autocast(device.type, torch.bfloat16):
             return self.draft.model(input_ids=tokens).last_hidden_state[counts].float()
 
     def _compare(
-        self, hidden: torch.Tensor, batch: torch.Tensor
+        self, hidden: torch.Tensor, corpus: Corpus, batch: torch.Tensor
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(log p, log q) over the draft's ids, at most ``ROWS`` rows at a time."""
-        ids, head = self.draft.draft_ids, self.draft.lm_head.weight
-        for own, rows in zip(
-            hidden.split(ROWS), self._teacher.rows(batch).split(ROWS), strict=True
+        """(log p, log q) over the draft's ids, a few rows at a time; p's other mass is missing."""
+        head, temperature = self._head, self.config.temperature
+        rows = ROWS.get(head.device.type, ROWS["cuda"])
+        teacher, log_mass = (x.to(head.device) for x in corpus.teacher(batch))
+        for own, target, mass in zip(
+            hidden.split(rows), teacher.split(rows), log_mass.split(rows), strict=True
         ):
-            with torch.autocast(own.device.type, torch.bfloat16):
-                logits = own @ head.T
-            yield (
-                self._teacher.log_p(rows, ids),
-                (logits.float() / self.config.temperature).log_softmax(-1),
-            )
+            log_p = (target.to(head.dtype) @ head.T).float() / temperature - mass[:, None]
+            log_q = ((own.to(head.dtype) @ head.T).float() / temperature).log_softmax(-1)
+            yield log_p, log_q
 
     @property
     def _checkpoint(self) -> Path:

@@ -12,7 +12,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tts.cache import RollbackCache
+from tts.cached_model import HeadInput
 from tts.chat import ChatFormat
+from tts.distill.corpus import Shard
 from tts.errors import UserError
 
 OPENERS = """\
@@ -72,11 +74,10 @@ class SelfTextConfig:
 CANDIDATES = 256
 
 
-@torch.inference_mode()
-def write_batches(
+def write_shards(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: SelfTextConfig
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield ``(tokens, generated)`` of each batch: int64 and bool `[batch, length]`, on the CPU."""
+) -> Iterator[Shard]:
+    """Yield one shard a batch, with the hidden states that writing it computed anyway."""
     chat = ChatFormat.of(tokenizer)
     openers = [
         tokenizer(opener, add_special_tokens=False)["input_ids"]
@@ -89,22 +90,29 @@ def write_batches(
         yield _write(model, _Script(chat, openers, rows, config, random), config)
 
 
-def _write(
-    model: PreTrainedModel, script: "_Script", config: SelfTextConfig
-) -> tuple[torch.Tensor, torch.Tensor]:
+@torch.inference_mode()
+def _write(model: PreTrainedModel, script: "_Script", config: SelfTextConfig) -> Shard:
     cache = RollbackCache(model.config)
     opening = script.opening.expand(script.rows, -1)
     tokens, generated = [opening], [torch.zeros_like(opening, dtype=torch.bool)]
+    hidden, log_mass = [], []
     step = opening
     for _ in range(config.length - opening.shape[1]):
-        logits = model(
-            input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1
-        ).logits[:, -1]
+        with HeadInput(model) as head:
+            logits = model(
+                input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1
+            ).logits[:, -1]
+        hidden.append(head.hidden[:, -1])
+        log_mass.append((logits.float() / config.temperature).logsumexp(-1))
         step, answered = script.next(_sample(logits, script.temperature, config.top_p, script))
-        tokens.append(step[:, None])
-        generated.append(answered[:, None])
         step = step[:, None]
-    return torch.cat(tokens, 1).cpu(), torch.cat(generated, 1).cpu()
+        tokens.append(step)
+        generated.append(answered[:, None])
+    counts = torch.cat(generated, 1)[:, 1:]
+    asked = counts[:, opening.shape[1] - 1 :]  # rows before have no hidden state, and count not
+    return Shard(
+        torch.cat(tokens, 1), counts, torch.stack(hidden, 1)[asked], torch.stack(log_mass, 1)[asked]
+    )
 
 
 def _sample(
