@@ -28,6 +28,7 @@ VERBS = {
     "run": Verb("experiments.run", "Run", "run", "decode conversations, curve over the output"),
     "record": Verb("experiments.record", "Record", "record", "write a token path for paired runs"),
     "bench": Verb("experiments.bench", "Bench", "bench", "time it beside transformers"),
+    "profile": Verb("experiments.profile", "Profile", "profile", "what a pass costs"),
     "selftext": Verb(
         "experiments.distill_offline", "SelfText", "selftext", "let the target write training text"
     ),

@@ -1,0 +1,162 @@
+"""`tts profile`: what a pass costs by rows and context, beside the floor of memory bandwidth."""
+
+import os
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from experiments.options import ModelOptions
+from experiments.report import number
+from tts.cached_model import CachedModel
+from tts.errors import UserError
+from tts.models import ModelPair
+
+
+@dataclass(frozen=True)
+class Profile(ModelOptions):
+    """Time passes of target and draft by number of rows and context.
+
+    Args:
+        contexts: tokens before the pass.
+        rows: tokens in a pass; gamma drafts are verified by gamma + 1.
+        repeats: passes each; their median is shown.
+    """
+
+    contexts: tuple[int, ...] = (500, 2000, 6000)
+    rows: tuple[int, ...] = (1, 2, 3, 5, 9)
+    repeats: int = 15
+
+    def __post_init__(self) -> None:
+        if min((*self.contexts, *self.rows, self.repeats), default=0) < 1:
+            raise UserError("contexts, rows, repeats: use positive numbers")
+
+
+def profile(config: Profile) -> dict[str, Any]:
+    """Time, print, return the JSON summary."""
+    pair = config.load()
+    bandwidth = read_bandwidth(pair.target.device)
+    verify: dict[int, dict[int, float]] = {}
+    draft: dict[int, float] = {}
+    for context in config.contexts:
+        verify[context] = _passes(CachedModel(pair.target), context, config.rows, config.repeats)
+        draft[context] = _passes(CachedModel(pair.draft), context, (1,), config.repeats)[1]
+    floor_ms = 1000 * weight_bytes(pair) / bandwidth
+    summary = {
+        "bandwidth_gb_s": bandwidth / 1e9,
+        "weight_floor_ms": floor_ms,
+        "verify_ms": verify,
+        "draft_ms": draft,
+        "context_cost": _context_cost(pair, verify, bandwidth),
+        "load": os.getloadavg()[0],
+    }
+    _show(config, summary)
+    return summary
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes a second at which a buffer far larger than any cache is read, the best of some sums."""
+    buffer = torch.ones(2**30 // 4, device=device)
+    best = float("inf")
+    for _ in range(8):
+        began = time.perf_counter()
+        buffer.sum().item()
+        best = min(best, time.perf_counter() - began)
+    return buffer.numel() * 4 / best
+
+
+def weight_bytes(pair: ModelPair) -> int:
+    """Bytes of target weights that a pass reads; a tied embedding is read once, as the head."""
+    seen = {p.data_ptr(): p.numel() * p.element_size() for p in pair.target.parameters()}
+    embedding = pair.target.get_input_embeddings().weight
+    head = pair.target.get_output_embeddings().weight
+    if head.data_ptr() != embedding.data_ptr():
+        seen.pop(embedding.data_ptr())
+    return sum(seen.values())
+
+
+def _passes(
+    cached: CachedModel, context: int, rows: tuple[int, ...], repeats: int
+) -> dict[int, float]:
+    """Median milliseconds of a pass of each number of rows; row counts take turns."""
+    random = torch.Generator().manual_seed(0)
+    size = cached.model.config.get_text_config().vocab_size
+    tokens = torch.randint(0, size, (context + max(rows),), generator=random).tolist()
+    cached.feed(tokens[:context])
+    times: dict[int, list[float]] = {count: [] for count in rows}
+    for _ in range(repeats + 2):
+        for count in rows:
+            began = time.perf_counter()
+            cached.feed(tokens[context : context + count], keep=count).logits.sum().item()
+            times[count].append(1000 * (time.perf_counter() - began))
+            cached.rollback(context)
+    return {count: statistics.median(values[2:]) for count, values in times.items()}
+
+
+def _context_cost(
+    pair: ModelPair, verify: dict[int, dict[int, float]], bandwidth: float
+) -> dict[str, Any]:
+    """Extra time of the longest context over the shortest / time to read the extra keys, values."""
+    config = pair.target.config.get_text_config()
+    low, high = min(verify), max(verify)
+    size = next(iter(pair.target.parameters())).element_size()
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
+    read_ms = 1000 * (high - low) * per_token / bandwidth
+    return {
+        "from": low,
+        "to": high,
+        "read_ms": read_ms,
+        "ratio": {
+            rows: (verify[high][rows] - verify[low][rows]) / read_ms if read_ms else None
+            for rows in verify[low]
+        },
+    }
+
+
+def _show(config: Profile, summary: dict[str, Any]) -> None:
+    console = Console()
+    console.print(
+        f"read bandwidth {summary['bandwidth_gb_s']:.1f} GB/s; weights of the target alone need "
+        f"{summary['weight_floor_ms']:.1f} ms a pass; load {summary['load']:.1f}"
+    )
+    table = Table(
+        title="milliseconds a pass (median) by rows, and the acceptance a token at which gamma "
+        "drafts break even"
+    )
+    table.add_column("context", justify="right")
+    for rows in config.rows:
+        table.add_column(f"target {rows}", justify="right")
+    table.add_column("draft 1", justify="right")
+    gammas = [rows - 1 for rows in config.rows if rows > 1 and 1 in config.rows]
+    for gamma in gammas:
+        table.add_column(f"even {gamma}", justify="right")
+    for context, verify in summary["verify_ms"].items():
+        step = summary["draft_ms"][context]
+        even = [number(_break_even(gamma, step, verify), 2) for gamma in gammas]
+        passes = [number(verify[rows], 1) for rows in config.rows]
+        table.add_row(str(context), *passes, number(step, 2), *even)
+    console.print(table)
+    cost = summary["context_cost"]
+    if cost["read_ms"]:
+        ratios = ", ".join(f"{rows} rows {ratio:.1f}" for rows, ratio in cost["ratio"].items())
+        console.print(
+            f"context {cost['from']} to {cost['to']}: reading the extra keys and values takes "
+            f"{cost['read_ms']:.1f} ms; the passes take this many times longer: {ratios}"
+        )
+
+
+def _break_even(gamma: int, step: float, verify: dict[int, float]) -> float:
+    """Per-token acceptance a at which gamma drafts pay: a + ... + a^gamma = their extra cost."""
+    extra = (gamma * step + verify[gamma + 1]) / verify[1] - 1
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        if sum(middle**i for i in range(1, gamma + 1)) < extra:
+            low = middle
+        else:
+            high = middle
+    return high
