@@ -6,7 +6,6 @@ dotted (`--training.loss jsd`). Dashes and underscores are the same in flag name
 
 import importlib
 import json
-import os
 import sys
 from typing import NamedTuple
 
@@ -55,15 +54,15 @@ def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in VERBS:
         return _usage(arguments)
     verb = VERBS[arguments[0]]
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     module = importlib.import_module(verb.module)
+    importlib.import_module("transformers").logging.disable_progress_bar()
     options = getattr(module, verb.options)
     parser = ArgumentParser(prog=f"tts {arguments[0]}", exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     parser.add_class_arguments(options)
     try:
         parsed = parser.parse_args([_normalised(argument) for argument in arguments[1:]])
-        values = parser.instantiate_classes(parsed).as_dict()
+        values = parser.instantiate(parsed).as_dict()
     except ArgumentError as error:
         raise UserError(" ".join(str(error).split())) from None
     values.pop("config", None)

@@ -44,7 +44,8 @@ def decode(
     for index, user in enumerate(dialogue.turns):
         left = text.max_new_tokens - chat.session.generated
         ids = chat.turn(user)
-        if left < 1 or len(chat.session.sequence) + ids.shape[1] + 1 >= context:
+        full = len(chat.session.sequence) + ids.shape[1] + 1 >= context
+        if left < 1 or (full and index > 0):  # a first turn that does not fit is an error
             break
         path = dialogue.answers[index] if isinstance(dialogue, RecordedDialogue) else None
         result = decoder.generate(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
-from controllers import CAP
+from controllers import make_policy
 from tts.engine import ACCEPTANCE
 from tts.errors import UserError
 from tts.models import ModelPair, load_pair
@@ -105,8 +105,7 @@ class SpeculationOptions:
             raise UserError(
                 f"acceptance: {self.acceptance!r} is not one of {', '.join(ACCEPTANCE)}"
             )
-        if not 0 <= self.gamma <= CAP:
-            raise UserError(f"gamma: {self.gamma} is outside 0..{CAP}")
+        make_policy(self.policy, gamma=self.gamma)
         if self.window < 1:
             raise UserError(f"window: {self.window} sees nothing: use at least 1")
 

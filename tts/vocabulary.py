@@ -26,6 +26,6 @@ def check_same_ids(target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBa
     by_id = {i: t for t, i in ours.items()}, {i: t for t, i in theirs.items()}
     first = min(i for i in by_id[0].keys() | by_id[1].keys() if by_id[0].get(i) != by_id[1].get(i))
     raise UserError(
-        f"draft: its tokenizer is not the target's: id {first} is {by_id[0].get(first)!r} there "
-        f"and {by_id[1].get(first)!r} here: choose a draft that shares the target's tokenizer"
+        f"draft: its tokenizer is not the target's: id {first} is {by_id[0].get(first)!r} in the "
+        f"target and {by_id[1].get(first)!r} in the draft: choose a draft with the same ids"
     )

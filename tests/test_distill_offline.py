@@ -1,0 +1,165 @@
+"""Self-written text, the corpus and the offline trainer, on a tiny model."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests import tiny
+from tts.distill import losses
+from tts.distill.corpus import Corpus, annotate, read_tokens
+from tts.distill.offline import OfflineConfig, OfflineTrainer, frequent_ids
+from tts.distill.selftext import SelfTextConfig, write_shards
+from tts.drafting import reduced
+from tts.errors import UserError
+
+TEMPERATURE = 0.8
+TEXT = SelfTextConfig(
+    sequences=24, length=48, batch_size=8, max_user=4, max_answer=12, temperature=TEMPERATURE
+)
+
+
+@pytest.fixture(scope="module")
+def target():
+    return tiny.model("llama3.1")
+
+
+@pytest.fixture(scope="module")
+def folder(target, tmp_path_factory):
+    root = tmp_path_factory.mktemp("corpus")
+    for shard in write_shards(target, tiny.tokenizer(), TEXT):
+        shard.save(root / "train", TEMPERATURE)
+    for shard in write_shards(target, tiny.tokenizer(), SelfTextConfig(
+        sequences=8, length=48, max_user=4, max_answer=12, seed=9
+    )):  # fmt: skip
+        shard.save(root / "held-out", TEMPERATURE)
+    return root
+
+
+def test_text_alternates_turns_and_counts_answers_only(folder):
+    corpus = Corpus([folder / "train"], TEMPERATURE)
+    assert corpus.tokens.shape == (24, 48)
+    for tokens, counts in zip(corpus.tokens.tolist(), corpus.counts.tolist(), strict=True):
+        is_user, inside = False, False
+        assert tokens[0] == 0  # "<" opens a user turn, ">" an answer, id 63 ends either
+        for token, counted in zip(tokens, [False, *counts], strict=True):
+            if token == 0 and not inside:
+                is_user, inside = True, True
+            elif token == 1 and not inside:
+                is_user, inside = False, True
+            elif inside:
+                assert counted == (not is_user)
+                inside = token != 63
+
+
+def test_cached_hidden_states_are_those_of_a_fresh_pass(target, folder):
+    corpus = Corpus([folder / "train"], TEMPERATURE)
+    picked = torch.tensor([17, 2])
+    hidden, log_mass = corpus.teacher(picked)
+    fresh = annotate(target, corpus.tokens[picked], corpus.counts[picked], TEMPERATURE)
+    torch.testing.assert_close(hidden, fresh.hidden, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(log_mass, fresh.log_mass, atol=1e-4, rtol=1e-3)
+
+
+def test_a_token_file_is_read_and_cut(tmp_path):
+    save_file(
+        {
+            "tokens": torch.tensor([5, 6, 7, 8, 9, 1, 2], dtype=torch.uint16),
+            "offsets": torch.tensor([0, 5, 7]),
+            "assistant_start": torch.tensor([2, 1], dtype=torch.int32),
+        },
+        tmp_path / "t.safetensors",
+    )
+    tokens, counts = read_tokens(tmp_path / "t.safetensors", 4)
+    assert tokens.tolist() == [[5, 6, 7, 8], [1, 2, 0, 0]]
+    assert counts.tolist() == [[False, True, True], [True, False, False]]
+
+
+def make_trainer(target, folder, out, **kwargs):
+    kwargs = {"visits": 48 * 8 * 30, "batch_size": 8, "every": 10, "warmup": 3} | kwargs
+    config = OfflineConfig(layers=(0,), draft_vocab_size=60, **kwargs)
+    corpus = Corpus([folder / "train"], TEMPERATURE)
+    draft = reduced.from_target(target, frequent_ids(corpus, 60, [63]), [0], "f")
+    held_out = Corpus([folder / "held-out"], TEMPERATURE)
+    return OfflineTrainer(draft, corpus, held_out, config, out)
+
+
+@pytest.mark.parametrize("loss", losses.LOSSES)
+def test_training_raises_the_held_out_overlap_with_every_loss(target, folder, tmp_path, loss):
+    trainer = make_trainer(target, folder, tmp_path, loss=loss, warm_share=0.0)
+    before = trainer.evaluate()
+    *_, after = trainer.run()
+    assert after.overlap > before.overlap + 0.02
+    assert after.acceptance_length > before.acceptance_length
+    lines = (tmp_path / "training.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["step"] == trainer.steps == 30
+
+
+def test_the_frozen_parts_do_not_move(target, folder, tmp_path):
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    trainer = make_trainer(target, folder, tmp_path)
+    for _ in trainer.run():
+        pass
+    assert all(torch.equal(before[k], v) for k, v in target.state_dict().items())
+    loaded = reduced.load(tmp_path, target)
+    assert torch.equal(loaded.model.embed_tokens.weight, target.model.embed_tokens.weight)
+
+
+def test_a_resumed_training_ends_where_an_unbroken_one_does(target, folder, tmp_path):
+    whole = make_trainer(target, folder, tmp_path / "whole")
+    *_, expected = whole.run()
+    broken = make_trainer(target, folder, tmp_path / "broken")
+    for report in broken.run():
+        if report.step == 20:
+            break
+    resumed = make_trainer(target, folder, tmp_path / "broken")
+    assert resumed.step == 20
+    *_, got = resumed.run()
+    assert got.overlap == pytest.approx(expected.overlap, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [({"loss": "mse"}, "loss: 'mse'"), ({"visits": 0}, "visits: 0"),
+     ({"learning_rate": float("nan")}, "learning_rate"), ({"warm_share": 2.0}, "warm_share")],
+)  # fmt: skip
+def test_bad_training_options_are_refused_by_name(fields, match):
+    with pytest.raises(UserError, match=match):
+        OfflineConfig(**fields)
+
+
+def test_bad_corpora_are_refused(folder, tmp_path):
+    with pytest.raises(UserError, match="no shards"):
+        Corpus([tmp_path], TEMPERATURE)
+    with pytest.raises(UserError, match="temperature"):
+        Corpus([folder / "train"], 0.5)
+    (tmp_path / "00000.safetensors").write_bytes(b"half a fi")
+    with pytest.raises(UserError, match="damaged"):
+        Corpus([tmp_path], TEMPERATURE)
+    with pytest.raises(UserError, match="no file"):
+        read_tokens(tmp_path / "x", 4)
+
+
+def test_losses_by_hand():
+    log_p = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    log_q = torch.tensor([[0.2, 0.3, 0.5]]).log()
+    assert losses.overlap(log_p, log_q).item() == pytest.approx(0.7)
+    kl = 0.5 * torch.tensor(2.5).log() + 0.2 * torch.tensor(0.4).log()
+    assert losses.forward_kl(log_p, log_q).item() == pytest.approx(kl.item(), abs=1e-6)
+    assert losses.reverse_kl(log_p, log_q).item() == pytest.approx(kl.item(), abs=1e-6)
+    mixture = losses.overlap_loss(0.3)(log_p, log_q).item()
+    assert mixture == pytest.approx(0.3 - 0.3 * torch.tensor(0.7).log().item(), abs=1e-4)
+    assert losses.jsd(log_p, log_q).item() == pytest.approx(
+        losses.jsd(log_q, log_p).item(), abs=1e-6
+    )
+    for loss in losses.LOSSES.values():
+        assert loss(log_p, log_p).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_missing_mass_is_lost_overlap_but_no_loss_of_a_divergence():
+    whole = torch.tensor([[0.4, 0.4, 0.2]])
+    kept = whole[:, :2].log()
+    log_q = torch.tensor([[0.5, 0.5]]).log()
+    assert losses.overlap(kept, log_q).item() == pytest.approx(0.8)
+    assert losses.forward_kl(kept, log_q).item() == pytest.approx(0, abs=1e-6)

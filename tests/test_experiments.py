@@ -1,0 +1,291 @@
+"""The command line on a tiny pair: results, errors in one sentence, interruptions."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from experiments import trackers
+from experiments.cli import VERBS, main
+from experiments.curves import acceptance_curve, interval, overlap_curve, third_edges
+from experiments.workload import FOLDER, PathFile
+from tests import tiny
+from tts.errors import UserError
+from tts.metrics import distinct_4, distinct_4_windows, summarise
+from tts.records import RoundRecord
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pair")
+    target = tiny.model("llama3.1")
+    tiny.save(target, root / "target")
+    tiny.save(tiny.noisy(target, 0.1), root / "draft")
+    (root / "talk.json").write_text(
+        json.dumps({"conversations": [{"id": "a", "turns": ["abc", "d", "ef"]},
+                                      {"id": "b", "turns": ["xyz", "w"]}]})
+    )  # fmt: skip
+    return root
+
+
+@pytest.fixture
+def tts(models, tmp_path, capsys):
+    """Run a verb on the tiny pair; returns (exit code, stdout, stderr)."""
+
+    def call(verb, *flags, text=True):
+        common = [f"--target={models / 'target'}", f"--draft={models / 'draft'}", "--dtype=float32"]
+        if text:
+            common += [f"--workload={models / 'talk.json'}", "--max-new-tokens=40",
+                       "--turn-tokens=20", "--conversations=0"]  # fmt: skip
+        if verb == "run":
+            common.append(f"--results={tmp_path / 'results'}")
+        code = main([verb, *common, *flags])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def test_a_run_writes_everything_and_runs_again_from_its_config(tts, tmp_path):
+    code, out, _ = tts("run", "--arms=[static,window,target]", "--run-id=one", "--window=8")
+    assert code == 0
+    folder = tmp_path / "results" / "run" / "one"
+    last = json.loads(out.strip().splitlines()[-1])
+    assert last["status"] == "finished"
+    assert {f.name for f in folder.iterdir()} == {
+        "config.yaml", "command.txt", "metrics.jsonl", "samples.jsonl", "summary.json",
+        "acceptance_vs_position.png", "acceptance_vs_position.pdf",
+    }  # fmt: skip
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    texts = {}
+    for row in rows:
+        texts.setdefault((row["arm"], row["conversation"]), []).extend(row["overlap_position"])
+    assert len(texts) == 6
+    assert all(sorted(positions) == list(range(40)) for positions in texts.values())
+    samples = [json.loads(x) for x in (folder / "samples.jsonl").read_text().splitlines()]
+    for name in ("a", "b"):
+        written = {s["turns"][0]["assistant"] for s in samples if s["conversation"] == name}
+        assert len(written) == 1, "arms on one path write one text"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["arms"]["static"]["path_mismatches"] == 0
+    assert summary["arms"]["static"]["num_emitted_tokens"] == 80
+
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["arms"] == ["static", "window", "target"]
+    code, out, err = tts("run", f"--config={folder / 'config.yaml'}", "--run-id=two")
+    assert code == 0
+    again = json.loads((tmp_path / "results" / "run" / "two" / "summary.json").read_text())
+    counts = ("num_spec_steps", "num_accepted_draft_tokens", "num_emitted_tokens")
+    for arm, values in summary["arms"].items():
+        assert [again["arms"][arm][c] for c in counts] == [values[c] for c in counts]
+
+
+def test_a_finished_run_id_is_a_no_op_and_another_folder_an_error(tts, tmp_path):
+    assert tts("run", "--run-id=x")[0] == 0
+    metrics = (tmp_path / "results" / "run" / "x" / "metrics.jsonl").read_text()
+    code, _, err = tts("run", "--run-id=x")
+    assert code == 0
+    assert "finished with the same config" in err
+    assert (tmp_path / "results" / "run" / "x" / "metrics.jsonl").read_text() == metrics
+    code, _, err = tts("run", "--run-id=x", "--gamma=2")
+    assert code == 2
+    assert err.startswith("tts: run_id: ")
+
+
+def test_a_recorded_path_is_what_later_runs_commit(tts, tmp_path):
+    path = tmp_path / "path.json"
+    code, out, _ = tts("record", f"--out={path}")
+    assert code == 0
+    assert json.loads(out.splitlines()[-1])["tokens"] == 80
+    recorded = PathFile.read(str(path))
+    assert [d.id for d in recorded.dialogues] == ["a", "b"]
+    code, _, _ = tts("run", f"--path={path}", "--arms=[static,target]", "--run-id=p")
+    assert code == 0
+    summary = json.loads((tmp_path / "results" / "run" / "p" / "summary.json").read_text())
+    assert [a["path_mismatches"] for a in summary["arms"].values()] == [0, 0]
+    code, _, err = tts("run", f"--path={path}", "--temperature=0.5")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "temperature: 0.5 is not the 0.8" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--workload=/no/file.json"], "workload: no file"),
+        (["--workload={empty}"], "empty"),
+        (["--workload={broken}"], "not JSON"),
+        (["--workload={shapeless}"], '"turns"'),
+        (["--policy=clever"], "policy: 'clever' is not one of"),
+        (["--temperature=-1"], "temperature: -1"),
+        (["--gamma=-1"], "gamma: -1 is outside"),
+        (["--gamma=99"], "gamma: 99 is outside"),
+        (["--acceptance=maybe"], "acceptance: 'maybe'"),
+        (["--arms=[static,static]"], "names one twice"),
+        (["--arms=[other]"], "arms: 'other'"),
+        (["--window=0"], "window: 0"),
+        (["--wandb=perhaps"], "wandb: 'perhaps'"),
+        (["--workload={long}"], "context"),
+        (["--gamme=3"], "gamme"),
+        (["--gamma=three"], "gamma"),
+        (["--results={file}/x"], "cannot be written"),
+        (["--path={broken}"], "not a recorded path"),
+        (["--draft=/nowhere/at/all"], "draft: no folder"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_users_mistake_is_one_sentence_and_exit_code_2(tts, tmp_path, flags, message):
+    files = {"empty": "", "broken": "{", "shapeless": '{"conversations": [{"id": 1}]}',
+             "long": json.dumps({"turns": ["a" * 600]}), "file": "x"}  # fmt: skip
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    flags = [flag.format(**{name: tmp_path / name for name in files}) for flag in flags]
+    code, _, err = tts("run", *flags)
+    assert code == 2
+    assert err.startswith("tts: ")
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+    assert "Traceback" not in err
+
+
+def test_an_interruption_keeps_what_was_measured_and_exits_with_130(tts, tmp_path, monkeypatch):
+    import experiments.run
+
+    honest, calls = experiments.run.decode, []
+
+    def interrupted(decoder, dialogue, text, on_round):
+        calls.append(dialogue)
+        if len(calls) < 2:
+            return honest(decoder, dialogue, text, on_round)
+
+        def stop(turn, record):
+            on_round(turn, record)
+            if record.position > 10:
+                raise KeyboardInterrupt
+
+        return honest(decoder, dialogue, text, stop)
+
+    monkeypatch.setattr(experiments.run, "decode", interrupted)
+    code, _, err = tts("run", "--run-id=cut", "--arms=[static,target]")
+    assert code == 130
+    assert "interrupted" in err
+    folder = tmp_path / "results" / "run" / "cut"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "interrupted"
+    assert summary["arms"]["static"]["num_emitted_tokens"] == 40
+    assert 10 < summary["arms"]["target"]["num_emitted_tokens"] < 40
+    assert (folder / "acceptance_vs_position.png").is_file()
+
+
+def test_bench_times_ours_and_transformers_own(tts, tmp_path):
+    path = tmp_path / "path.json"
+    tts("record", f"--out={path}")
+    code, out, _ = tts(
+        "bench", f"--path={path}", "--segments=2", "--segment-tokens=12", "--gammas=[0,2]",
+        "--lengths=[2]", f"--results={tmp_path}", "--run-id=b",
+    )  # fmt: skip
+    assert code == 0
+    medians = json.loads(out.splitlines()[-1])["tok_s_median"]
+    assert set(medians) == {
+        "ours, gamma 0", "ours, gamma 2", "transformers, plain", "transformers, plain, our kernels",
+        "transformers, assisted, default", "transformers, assisted, constant 2",
+        "transformers, assisted, heuristic", "transformers, prompt lookup",
+    }  # fmt: skip
+    assert all(value > 0 for value in medians.values())
+
+
+def test_profile_prints_costs_beside_the_floor(tts):
+    code, out, _ = tts("profile", "--contexts=[20,200]", "--rows=[1,3]", "--repeats=3", text=False)
+    assert code == 0
+    summary = json.loads(out.splitlines()[-1])
+    assert summary["bandwidth_gb_s"] > 0
+    assert set(summary["context_cost"]["ratio"]) == {"1", "3"}
+
+
+def test_every_verb_has_help_and_none_needs_a_model_for_it(capsys):
+    for verb in VERBS:
+        with pytest.raises(SystemExit) as stopped:
+            main([verb, "--help"])
+        assert stopped.value.code == 0
+        assert "--" in capsys.readouterr().out
+    assert main(["nonsense"]) == 2
+    assert main([]) == 2
+
+
+def test_the_console_script_prints_one_sentence_for_a_mistake(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.cli", "run", "--policy", "x"],
+        capture_output=True, text=True, env=os.environ | {"TTS_CACHE": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("tts: policy: 'x'")
+
+
+def test_a_tracker_that_fails_is_left_out():
+    class Broken:
+        def log(self, values):
+            raise OSError("disk full")
+
+        def close(self):
+            raise OSError
+
+    safe = trackers.Safe(Broken())
+    safe.log({"a": 1})
+    safe.log({"a": 2})
+    safe.close()
+    with pytest.raises(UserError):
+        trackers.make_tracker("sometimes", "n", ".", {})
+
+
+def rounds():
+    """Two rounds of gamma 4: all accepted, then one of four."""
+    common = {"context_length": 9, "gamma": 4, "num_drafted": 4, "stop_reason": None}
+    return [
+        RoundRecord(0, 0, num_accepted=4, num_emitted=5, overlap=[0.9, 0.8, 0.7, 0.6],
+                    overlap_position=[0, 1, 2, 3], total_ms=50, **common),
+        RoundRecord(1, 5, num_accepted=1, num_emitted=2, overlap=[0.5, 0.4, 0.2],
+                    overlap_position=[4, 5, 6], total_ms=50, **common),
+    ]  # fmt: skip
+
+
+def test_metrics_by_hand():
+    s = summarise(rounds())
+    assert s.mean_acceptance_length == pytest.approx(1 + 5 / 2)
+    assert s.draft_acceptance_rate == pytest.approx(5 / 8)
+    assert s.acceptance_rate_per_offset == pytest.approx([1, 0.5, 0.5, 0.5])
+    assert s.acceptance_histogram == [0, 1, 0, 0, 1]
+    assert s.mean_overlap == pytest.approx(4.1 / 7)
+    assert s.tok_s == pytest.approx(7 / 0.1)
+    empty = summarise([])
+    assert empty.mean_acceptance_length is None
+    assert empty.tok_s is None
+
+
+def test_distinct_4_by_hand_and_a_loop_is_low():
+    assert distinct_4([1, 2, 3, 4, 5]) == 1
+    assert distinct_4([1, 2, 3]) is None
+    assert distinct_4([1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(4 / 9)
+    assert distinct_4_windows([1, 2] * 1000) == [pytest.approx(2 / 997)] * 2
+
+
+def test_curves_put_positions_and_rounds_into_their_bins():
+    assert overlap_curve(rounds(), [0, 4, 8]).value == pytest.approx([0.75, 1.1 / 3])
+    assert acceptance_curve(rounds(), [0, 4, 8]).value == pytest.approx([5, 2])
+    assert third_edges(3000) == [0, 1000, 2000, 3000]
+
+
+def test_intervals_are_over_conversations():
+    mean, low, high = interval([1.0, 2.0, 3.0, 4.0])
+    assert mean == 2.5
+    assert 1.4 < low < 2.5 < high < 3.6
+    assert interval([5.0])[1] != interval([5.0])[1]  # nan: one conversation has no interval
+
+
+def test_the_shipped_workload_is_split_evenly_and_has_no_turn_twice():
+    found = json.loads((FOLDER / "conversations.json").read_text())["conversations"]
+    assert [c["split"] for c in found] == ["tune"] * 6 + ["judge"] * 6
+    turns = [turn for c in found for turn in c["turns"]]
+    assert len(set(turns)) == len(turns)
+    assert min(len(c["turns"]) for c in found) >= 20

