@@ -1,26 +1,46 @@
 """Length policies: how many tokens to draft before the target verifies."""
 
 from controllers.fixed import Fixed
+from controllers.mlp import COMPRESSION, Mlp
 from tts.errors import UserError
 from tts.policy import LengthPolicy
 
 CAP = 32  # the largest gamma any policy may plan
 
-POLICIES = {"fixed": Fixed}
+POLICIES = ("fixed", "mlp")
 
 
-def make_policy(name: str, *, gamma: int = 4) -> LengthPolicy:
-    """The policy called ``name``.
+def make_policy(
+    name: str,
+    *,
+    gamma: int = 4,
+    cap: int = 8,
+    learning: bool = True,
+    seed: int = 0,
+    compression: str = "none",
+) -> LengthPolicy:
+    """The policy called ``name``; what it has no use for is checked and left aside.
 
     Args:
         name: one of ``POLICIES``.
-        gamma: its speculation length; 0 is the target alone.
+        gamma: speculation length of ``fixed``; 0 is the target alone.
+        cap: largest gamma that ``mlp`` plans.
+        learning: whether ``mlp`` goes on learning while it decodes.
+        seed: of the probes of ``mlp``.
+        compression: of the target's weights, a feature of ``mlp``: one of ``COMPRESSION``.
 
     Raises:
-        UserError: for an unknown name or a gamma outside 0..`CAP`.
+        UserError: for an unknown name or compression, a gamma outside 0..`CAP`, a cap outside
+            1..`CAP`.
     """
     if name not in POLICIES:
         raise UserError(f"policy: {name!r} is not one of {', '.join(POLICIES)}")
     if not 0 <= gamma <= CAP:
         raise UserError(f"gamma: {gamma} is outside 0..{CAP}")
-    return POLICIES[name](gamma)
+    if not 1 <= cap <= CAP:
+        raise UserError(f"cap: {cap} is outside 1..{CAP}: for no drafting use fixed with gamma 0")
+    if compression not in COMPRESSION:
+        raise UserError(f"compression: {compression!r} is not one of {', '.join(COMPRESSION)}")
+    if name == "fixed":
+        return Fixed(gamma)
+    return Mlp.shipped(cap=cap, learning=learning, seed=seed, compression=COMPRESSION[compression])

@@ -1,6 +1,6 @@
 """The arms that a run compares: ways to decode the same text with the same two models."""
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 from controllers import make_policy
 from experiments.options import SpeculationOptions
@@ -8,27 +8,43 @@ from tts.engine import SpeculativeDecoder
 from tts.errors import UserError
 from tts.models import ModelPair
 
-Build = Callable[[ModelPair, SpeculationOptions], SpeculativeDecoder]
+
+class Arm(NamedTuple):
+    """What is switched on."""
+
+    help: str
+    gamma: bool = False  # the gamma MLP chooses the length instead of the policy asked for
+    draft: bool = False  # the draft learns
+    window: bool = False  # the draft sees only its newest context
+    alone: bool = False  # no draft at all
 
 
-def _target(pair: ModelPair, options: SpeculationOptions) -> SpeculativeDecoder:
-    policy = make_policy("fixed", gamma=0)
-    return SpeculativeDecoder(pair, policy=policy, acceptance=options.acceptance)
+ARMS = {
+    "target": Arm("the target alone, gamma 0", alone=True),
+    "static": Arm("nothing learns"),
+    "window": Arm("nothing learns, sliding window over the draft's context", window=True),
+    "draft": Arm("the draft learns", draft=True),
+    "gamma": Arm("the gamma MLP learns", gamma=True),
+    "both": Arm("draft and gamma MLP learn", draft=True, gamma=True),
+}
 
 
-def _static(pair: ModelPair, options: SpeculationOptions) -> SpeculativeDecoder:
-    policy = make_policy(options.policy, gamma=options.gamma)
-    return SpeculativeDecoder(pair, policy=policy, acceptance=options.acceptance)
-
-
-def _window(pair: ModelPair, options: SpeculationOptions) -> SpeculativeDecoder:
-    policy = make_policy(options.policy, gamma=options.gamma)
+def build(name: str, pair: ModelPair, options: SpeculationOptions) -> SpeculativeDecoder:
+    """The decoder of the arm ``name``."""
+    arm = ARMS[name]
+    if arm.alone:
+        policy = make_policy("fixed", gamma=0)
+    elif arm.gamma:
+        policy = make_policy("mlp", learning=options.gamma_updates)
+    else:
+        policy = make_policy(options.policy, gamma=options.gamma)
     return SpeculativeDecoder(
-        pair, policy=policy, acceptance=options.acceptance, draft_window=options.window
+        pair,
+        policy=policy,
+        distill=options.distill if arm.draft and options.draft_updates else None,
+        acceptance=options.acceptance,
+        draft_window=options.window if arm.window else None,
     )
-
-
-ARMS: dict[str, Build] = {"target": _target, "static": _static, "window": _window}
 
 
 def check_arms(names: tuple[str, ...]) -> None:

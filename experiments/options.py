@@ -1,11 +1,12 @@
 """Options that several verbs share, and what they are turned into."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import GenerationConfig
 
 from controllers import make_policy
+from tts.distill.config import DistillConfig
 from tts.engine import ACCEPTANCE
 from tts.errors import UserError
 from tts.models import ModelPair, load_pair
@@ -93,12 +94,18 @@ class SpeculationOptions:
         policy: who chooses gamma (`controllers.POLICIES`).
         gamma: speculation length of the fixed policy.
         window: sliding window of the arm ``window`` over the draft's context.
+        distill: how the draft learns in the arms that let it.
+        draft_updates: False: no arm's draft learns.
+        gamma_updates: False: no arm's gamma MLP learns; it stays as it was shipped.
     """
 
     acceptance: str = "coupled"
     policy: str = "fixed"
     gamma: int = 4
     window: int = 512
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    draft_updates: bool = True
+    gamma_updates: bool = True
 
     def __post_init__(self) -> None:
         if self.acceptance not in ACCEPTANCE:

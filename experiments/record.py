@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.arms import ARMS
+from experiments.arms import build
 from experiments.decode import decode, recorded
 from experiments.live import Live
 from experiments.options import ModelOptions, SpeculationOptions, TextOptions
@@ -43,7 +43,7 @@ def record(config: Record) -> dict[str, Any]:
         rounds: list[RoundRecord] = []
         with Live(text.id, config.max_new_tokens) as live:
             observer = _collector(rounds, live)
-            done = decode(ARMS["static"](pair, config), text, config, observer)
+            done = decode(build("static", pair, config), text, config, observer)
         written.append(recorded(text, done))
         PathFile(
             config.target, config.dtype, config.temperature, config.top_p, config.top_k,

@@ -14,7 +14,7 @@ from experiments.curves import (
 )
 from tts.metrics import Summary, summarise
 
-PER_ROUND = ("draft", "verify", "policy")
+PER_ROUND = ("draft", "verify", "policy", "update")
 
 
 def arms_table(arms: Mapping[str, Mapping[str, Rounds]], title: str) -> Table:
@@ -44,6 +44,9 @@ def arms_table(arms: Mapping[str, Mapping[str, Rounds]], title: str) -> Table:
     for part in PER_ROUND:
         row(f"{part} ms a round", lambda s, p=part: number(  # type: ignore[misc]
             getattr(s, f"{p}_ms") / s.num_spec_steps, 2))  # fmt: skip
+    row("update share of time", lambda s: number(s.update_ms / s.total_ms, 3))
+    row("updates (taken back)", lambda s: f"{s.num_updates} ({s.num_taken_back})")
+    row("tokens with an adapted draft", lambda s: number(s.adapted_share, 2))
     row("path mismatches", lambda s: str(s.path_mismatches))
     return table
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments.arms import ARMS, check_arms
+from experiments.arms import build, check_arms
 from experiments.curves import CURVES, bin_edges
 from experiments.decode import Decoded, OnRound, decode, recorded
 from experiments.live import Live
@@ -33,7 +33,7 @@ class Run(ModelOptions, TextOptions, SpeculationOptions):
     The first arm writes the text, unless a path is given; all others commit the same tokens.
 
     Args:
-        arms: of target (gamma 0), static, window.
+        arms: of target (gamma 0), static, window, draft, gamma, both.
         path: a file of `tts record`; every arm commits its tokens.
         results: folder for all results.
         run_id: a new one if empty.
@@ -70,7 +70,7 @@ def run(config: Run) -> dict[str, Any]:
             for arm in config.arms:
                 with Live(f"{text.id} {arm}", config.max_new_tokens) as live:
                     observer = measured.observer(arm, text, live.show)
-                    done = decode(ARMS[arm](pair, config), current, config, observer)
+                    done = decode(build(arm, pair, config), current, config, observer)
                 measured.sample(pair, arm, text.id, done)
                 if isinstance(current, Dialogue):
                     current = recorded(text, done)

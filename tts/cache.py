@@ -68,6 +68,12 @@ class RollbackLayer(CacheLayerMixin):
         """Forget every position from ``length`` on."""
         self.length = length
 
+    def keys_values(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of the first ``length`` positions."""
+        assert self._keys is not None
+        assert self._values is not None
+        return self._keys[:, :, :length].clone(), self._values[:, :, :length].clone()
+
     def get_seq_length(self) -> int:
         return self.length
 
@@ -113,6 +119,10 @@ class RollbackCache(Cache):
         for layer in self.layers:
             if isinstance(layer, RollbackLayer):
                 layer.rollback(length)
+
+    def keys_values(self, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Copies of the first ``length`` positions of every layer, all of them attention layers."""
+        return [layer.keys_values(length) for layer in self.layers]
 
     def snapshot(self) -> list[dict[str, Any]]:
         """Copies of all recurrent states; a few hundred kilobytes, independent of the context."""

@@ -8,7 +8,7 @@ result.summary().mean_acceptance_length
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
@@ -20,15 +20,17 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from tts.cached_model import CachedModel
+from tts.cached_model import CachedModel, Rows
 from tts.custom_generate import check_handover, own_criteria
+from tts.distill.config import DistillConfig
+from tts.distill.evidence import Rows as Evidence
 from tts.drafting.autoregressive import AutoregressiveDrafter
 from tts.drafting.protocol import Drafter, Proposal
 from tts.errors import UserError
 from tts.metrics import Summary, summarise
 from tts.models import ModelPair
 from tts.policy import LengthPolicy, RoundOutcome, RoundState
-from tts.records import RoundRecord
+from tts.records import RoundRecord, UpdateRecord
 from tts.sampling import (
     AcceptanceRule,
     Coupled,
@@ -43,6 +45,9 @@ from tts.settings import Sampling, resolve
 from tts.stopping import Stopping
 from tts.stopwatch import Stopwatch
 
+if TYPE_CHECKING:
+    from tts.coordinator import Coordinator, Lesson
+
 ACCEPTANCE = ("greedy", "rejection", "coupled")
 MAX_LAG = 128  # committed positions whose overlap may wait for the draft's row
 NOTHING = Proposal([], None, [], None)
@@ -56,6 +61,7 @@ class Session:
 
     target: CachedModel
     drafter: Drafter
+    lesson: "Lesson | None" = None  # what the draft learns from
     sequence: list[int] = field(default_factory=list)
     generated: int = 0  # tokens of the sequence that the target wrote
     rounds: int = 0
@@ -83,6 +89,7 @@ class _Run:
     rule: AcceptanceRule
     warp: Warper
     stopping: Stopping
+    temperature: float  # at which the draft learns; 1 where decoding is greedy
     start: int  # length of the prompt
     end: int  # the sequence may not grow beyond
 
@@ -93,11 +100,12 @@ class SpeculativeDecoder:
     Args:
         pair: from `load_pair`.
         policy: chooses gamma in each round (`controllers.make_policy`).
+        distill: how the draft learns while it decodes (None: not at all, at no cost).
         acceptance: ``greedy`` (temperature 0), ``rejection`` or ``coupled``; see `tts.sampling`.
         draft_window: sliding window over the draft's context (None: all of it).
 
     Raises:
-        UserError: for an unknown rule or a window below 1.
+        UserError: for an unknown rule, a window below 1, or a draft that cannot learn.
     """
 
     def __init__(
@@ -105,6 +113,7 @@ class SpeculativeDecoder:
         pair: ModelPair,
         *,
         policy: LengthPolicy,
+        distill: DistillConfig | None = None,
         acceptance: str = "rejection",
         draft_window: int | None = None,
     ) -> None:
@@ -114,14 +123,20 @@ class SpeculativeDecoder:
             raise UserError(f"draft_window: {draft_window} sees nothing: use at least 1, or none")
         self.pair, self.policy, self.acceptance = pair, policy, acceptance
         self._draft_window = draft_window
+        if distill is not None and draft_window is not None:
+            raise UserError("draft_window: a draft that learns keeps its whole context: unset it")
+        self.coordinator = None if distill is None else _coordinator(pair, distill)
         text = pair.target.config.get_text_config()
         self._context: int = text.max_position_embeddings
         self._vocab_size: int = text.vocab_size
 
     def session(self) -> Session:
         """Empty caches for a sequence; hand it to `generate` again to extend the sequence."""
-        drafter = AutoregressiveDrafter(self.pair.draft, self._vocab_size, self._draft_window)
-        return Session(CachedModel(self.pair.target), drafter)
+        draft, lesson = self.pair.draft, None
+        if self.coordinator is not None:
+            draft, lesson = self.coordinator.live, self.coordinator.lesson()
+        drafter = AutoregressiveDrafter(draft, self._vocab_size, self._draft_window)
+        return Session(CachedModel(self.pair.target), drafter, lesson)
 
     def generate(
         self,
@@ -162,6 +177,7 @@ class SpeculativeDecoder:
             self._rule(sampling, seed, path, start),
             warp,
             Stopping(sampling, limits, self.pair.tokenizer, stopping_criteria),
+            sampling.temperature or 1.0,
             start,
             end if path is None else min(end, start + len(path)),
         )
@@ -226,6 +242,7 @@ class SpeculativeDecoder:
         sequence, context = session.sequence, len(session.sequence)
         state = RoundState(session.generated, context, run.end - context - 1)
         gamma = min(self.policy.plan(state), state.limit)
+        adapted = self.coordinator is not None and self.coordinator.adapted
         policy_ms = clock.lap()
 
         proposal, overlaps = NOTHING, []
@@ -250,10 +267,12 @@ class SpeculativeDecoder:
         reason = cut.reason or ("length" if context + cut.kept == run.end else None)
 
         on_path = min(cut.kept, verdict.num_accepted + 1, drafted)
+        acceptance: Callable[[], list[float]] = list
         if on_path:
             assert proposal.q is not None
-            shared = overlap(p[:on_path], proposal.q[:on_path]).tolist()
-            overlaps += [(session.generated + j, value) for j, value in enumerate(shared)]
+            pairs = p[:on_path], proposal.q[:on_path]
+            acceptance = lambda: run.rule.probability(*pairs).tolist()  # noqa: E731
+            overlaps += [(session.generated + j, x) for j, x in enumerate(overlap(*pairs).tolist())]
         if cut.kept > drafted:
             session.pending.append(p[drafted : drafted + 1])
         sequence.extend(new[: cut.kept])
@@ -271,12 +290,13 @@ class SpeculativeDecoder:
                 state,
                 verdict.num_accepted,
                 proposal.signals,
-                shared if on_path else [],
+                acceptance,
                 draft_ms,
                 verify_ms,
             )
         )
         policy_ms += clock.lap()
+        update = self._learn(session, run, rows, context, drafted, clock)
         session.rounds += 1
         return RoundRecord(
             round=session.rounds - 1,
@@ -295,7 +315,27 @@ class SpeculativeDecoder:
             draft_ms=draft_ms,
             verify_ms=verify_ms,
             policy_ms=policy_ms,
+            adapted=adapted,
+            update=update,
             total_ms=clock.total(),
+        )
+
+    def _learn(
+        self, session: Session, run: _Run, rows: Rows, context: int, drafted: int, clock: Stopwatch
+    ) -> UpdateRecord | None:
+        """Show the verification's on-path rows to the coordinator, who may take a step."""
+        if self.coordinator is None or session.lesson is None:
+            return None
+        emitted = len(session.sequence) - context
+        log_mass = (rows.logits[:emitted].float() / run.temperature).logsumexp(-1)
+        evidence = Evidence(context, rows.hidden[:emitted], log_mass)
+        self.coordinator.observe(session.lesson, evidence, drafted > 0, clock.total())
+        return self.coordinator.update(
+            session.lesson,
+            session.sequence,
+            len(session.sequence) - len(session.pending),
+            session.drafter,
+            run.temperature,
         )
 
     def _prompt(self, input_ids: torch.Tensor, session: Session) -> list[int]:
@@ -344,3 +384,9 @@ def _settle(session: Session, late: Distribution | None) -> list[tuple[int, floa
     first = session.generated - len(values)
     session.pending.clear()
     return [(first + i, value) for i, value in enumerate(values)]
+
+
+def _coordinator(pair: ModelPair, config: DistillConfig) -> "Coordinator":
+    from tts.coordinator import Coordinator  # PEFT takes seconds to load
+
+    return Coordinator(pair.draft, pair.target.get_output_embeddings().weight, config)

@@ -79,6 +79,10 @@ class Summary:
     draft_ms: float
     verify_ms: float
     policy_ms: float
+    update_ms: float
+    num_updates: int
+    num_taken_back: int  # updates that the guard undid: restored or reset
+    adapted_share: float | None  # of emitted tokens, drafted for by a draft that had learned
     prefill_ms: float
     total_ms: float
     path_mismatches: int
@@ -88,6 +92,7 @@ def summarise(rounds: Iterable[RoundRecord]) -> Summary:
     """Counts and ratios over ``rounds``."""
     rounds = list(rounds)
     longest = max((r.num_accepted for r in rounds), default=-1)
+    updates = [r.update for r in rounds if r.update is not None]
     return Summary(
         num_spec_steps=len(rounds),
         num_draft_tokens=sum(r.num_drafted for r in rounds),
@@ -103,6 +108,12 @@ def summarise(rounds: Iterable[RoundRecord]) -> Summary:
         draft_ms=sum(r.draft_ms for r in rounds),
         verify_ms=sum(r.verify_ms for r in rounds),
         policy_ms=sum(r.policy_ms for r in rounds),
+        update_ms=sum(u.update_ms for u in updates),
+        num_updates=len(updates),
+        num_taken_back=sum(u.event in ("restored", "reset") for u in updates),
+        adapted_share=sum(r.num_emitted for r in rounds if r.adapted) / emitted
+        if (emitted := sum(r.num_emitted for r in rounds))
+        else None,
         prefill_ms=sum(r.prefill_ms for r in rounds),
         total_ms=sum(r.total_ms for r in rounds),
         path_mismatches=sum(r.mismatches for r in rounds),

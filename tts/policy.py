@@ -1,5 +1,6 @@
 """The contract between the engine and a length policy; the policies live in `controllers`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -27,14 +28,15 @@ class Signals(NamedTuple):
 class RoundOutcome:
     """What a verified round taught. The label of offset j need not be the accepted bit.
 
-    ``overlap[j]`` is the acceptance probability sum_x min(p, q) at offset j, known for the offsets
-    that lie on the committed path: all accepted ones and the first rejected one.
+    ``acceptance()[j]`` is the probability, given p and q, that the token at offset j is accepted
+    (`AcceptanceRule.probability`), known for the offsets that lie on the committed path: all
+    accepted ones and the first rejected one. It is computed when asked for: that is policy time.
     """
 
     state: RoundState
     num_accepted: int
     signals: list[Signals] = field(default_factory=list)
-    overlap: list[float] = field(default_factory=list)
+    acceptance: Callable[[], list[float]] = list
     draft_ms: float = 0.0
     verify_ms: float = 0.0
 

@@ -4,6 +4,21 @@ from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
+class UpdateRecord:
+    """One step of the draft's learner, taken after a round."""
+
+    loss: float
+    grad_norm: float
+    lost_mass: float  # of the target outside the draft's vocabulary, mean
+    overlap: float  # of the adapted draft on the window, before the step; nothing truncated
+    gain: float | None  # overlap over the bare draft's, on rows that no step had seen
+    smoothed_gain: float | None  # what the guard goes by
+    event: str | None  # "skipped", "restored" or "reset"
+    adapter_version: int
+    update_ms: float = 0.0  # everything: guard, gradients, optimizer, rewriting
+
+
+@dataclass(slots=True)
 class RoundRecord:
     """One round: draft, verify, accept, roll back. All times are milliseconds of wall time.
 
@@ -30,4 +45,6 @@ class RoundRecord:
     draft_ms: float = 0.0
     verify_ms: float = 0.0
     policy_ms: float = 0.0
-    total_ms: float = 0.0  # the whole round, prefill excluded
+    adapted: bool = False  # the draft of this round had learned something
+    update: UpdateRecord | None = None
+    total_ms: float = 0.0  # the whole round with its update, prefill excluded

@@ -51,6 +51,21 @@ def overlap(p: Distribution, q: Distribution) -> torch.Tensor:
     return torch.minimum(p.probs, q.of(p.ids)).sum(-1)
 
 
+def match_probability(p: Distribution, q: Distribution) -> torch.Tensor:
+    """Probability that `Coupled` draws the same token from both, of each row `[rows]`.
+
+    sum_x 1 / sum_y max(p(y)/p(x), q(y)/q(x)), over x in both supports (Daliri, Musco, Suresh 2024).
+    """
+    values = []
+    for row in range(len(p)):
+        ids = torch.cat([p.ids[row], q.ids[row]]).unique()
+        both = torch.stack([d[row : row + 1].of(ids[None])[0] for d in (p, q)]).double()
+        common = both[:, (both > 0).all(0)]
+        ratio = both[:, None, :] / common[:, :, None]  # [2, x, y]
+        values.append((1 / ratio.amax(0).sum(-1)).sum())
+    return torch.stack(values)
+
+
 class Warper:
     """Logits to a `Distribution`, as transformers' processors and warpers would, in their order.
 
@@ -181,6 +196,10 @@ class AcceptanceRule(Protocol):
         """
         ...
 
+    def probability(self, p: Distribution, q: Distribution) -> torch.Tensor:
+        """That a token drawn from each row of ``q`` is accepted, `[rows]`."""
+        ...
+
 
 class Rejection:
     """Accept with min(1, p/q), else draw from (p - q)+ (Leviathan et al. 2023).
@@ -206,6 +225,9 @@ class Rejection:
                 residual = (p.probs[j] - q[j : j + 1].of(p.ids[j : j + 1])[0]).clamp(min=0)
                 return Verdict(j, self._choose(p.ids[j], residual))
         return Verdict(len(drafts), self._choose(p.ids[-1], p.probs[-1]))
+
+    def probability(self, p: Distribution, q: Distribution) -> torch.Tensor:
+        return overlap(p, q)
 
     def _uniform(self) -> float:
         return float(torch.rand((), dtype=torch.float64, generator=self._random))
@@ -238,6 +260,9 @@ class Coupled:
         choices = self.choices(p, first)
         accepted = _common_prefix(drafts, choices)
         return Verdict(accepted, choices[accepted])
+
+    def probability(self, p: Distribution, q: Distribution) -> torch.Tensor:
+        return match_probability(p, q)
 
     def choices(self, p: Distribution, first: int) -> list[int]:
         """The target's token for each row of ``p``, at positions ``first``, ``first`` + 1, ..."""
@@ -273,6 +298,9 @@ class Recorded:
         own = self._rule.choices(p[: accepted + 1], first)
         mismatches = sum(a != b for a, b in zip(own, path, strict=False))
         return Verdict(accepted, path[accepted], mismatches)
+
+    def probability(self, p: Distribution, q: Distribution) -> torch.Tensor:
+        return self._rule.probability(p, q)
 
 
 def _common_prefix(drafts: list[int], tokens: list[int]) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from transformers import PreTrainedModel
 
 from tts.cached_model import CachedModel, Rows
@@ -71,6 +72,14 @@ class AutoregressiveDrafter:
     def commit(self, length: int) -> None:
         # the newest committed token is never in the cache
         self._cached.rollback(min(self._cached.length, length - 1))
+
+    def keys_values(self, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return self._cached.cache.keys_values(length)
+
+    def recompute(self, sequence: list[int], count: int) -> None:
+        length = self._cached.length
+        self._cached.rollback(max(0, length - count))
+        self._feed(sequence[self._cached.length : length])
 
     def _feed(self, tokens: list[int], keep: int = 1) -> Rows:
         rows = self._cached.feed(tokens, keep)

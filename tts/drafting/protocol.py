@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+import torch
+
 from tts.policy import Signals
 from tts.sampling import Distribution, Warper
 
@@ -54,4 +56,12 @@ class Drafter(Protocol):
 
     def commit(self, length: int) -> None:
         """The committed sequence now has ``length`` tokens; forget everything beyond."""
+        ...
+
+    def keys_values(self, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Copies of the cached keys and values of the first ``length`` tokens, layer by layer."""
+        ...
+
+    def recompute(self, sequence: list[int], count: int) -> None:
+        """Compute the newest ``count`` cached positions again, with the weights as they are."""
         ...

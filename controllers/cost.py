@@ -1,0 +1,83 @@
+"""What a round costs on this machine, learned from the round's own timings.
+
+cost = CostModel()
+cost.observe(drafted=4, draft_ms=16.0, verify_ms=38.0)
+cost.round_ms(8) - cost.round_ms(0)  # what eight drafted tokens cost over none
+"""
+
+from typing import Any
+
+import numpy as np
+
+PRIOR_MS = (35.0, 2.0, 4.0)  # gamma = 0; extra for drafting at all; each drafted token
+PRIOR_SD_MS = (100.0, 10.0, 8.0)
+NOISE, FIRST_NOISE = 0.15, 0.5  # standard deviation of one round's time, as a fraction of it
+DRIFT = (0.005, 0.001, 0.0005)  # of each parameter between two rounds, as a fraction of a round
+WARM = 6  # observations that no prediction can judge: any of them may be slow (compilation)
+OUTLIER = 2.0  # a round counts as at most this many times its prediction
+FLOOR = 0.01  # a drafted token costs at least this fraction of a round
+
+
+class CostModel:
+    """Round time in ms: ``base`` at gamma = 0, ``base + extra + gamma * step`` above.
+
+    A Kalman filter over (base, extra, step): the three drift slowly (the context grows), and the
+    shared base lets rounds of any gamma tell of the others, so a gamma that is rarely used does
+    not go stale. Other work on the machine only ever slows a round down: slow rounds are clipped,
+    and fast ones weigh more. Plain floats: a call takes microseconds.
+    """
+
+    def __init__(self) -> None:
+        self._mean = list(PRIOR_MS)
+        self._covariance = [
+            [sd * sd if i == j else 0.0 for j in range(3)] for i, sd in enumerate(PRIOR_SD_MS)
+        ]
+        self._count = 0
+
+    def observe(self, drafted: int, draft_ms: float, verify_ms: float) -> None:
+        """Learn from a round of ``drafted`` tokens."""
+        x = (1.0, 1.0, float(drafted)) if drafted else (1.0, 0.0, 0.0)
+        predicted, measured = self.round_ms(drafted), draft_ms + verify_ms
+        scale, noise = min(predicted, measured), FIRST_NOISE * measured
+        if self._count >= WARM:
+            measured, noise = min(measured, OUTLIER * predicted), NOISE * scale
+        self._count += 1
+        covariance = self._covariance
+        for i, drift in enumerate(DRIFT):
+            covariance[i][i] += (drift * scale) ** 2
+        shared = [sum(c * y for c, y in zip(row, x, strict=True)) for row in covariance]
+        variance = sum(s * y for s, y in zip(shared, x, strict=True)) + noise**2
+        error = measured - sum(m * y for m, y in zip(self._mean, x, strict=True))
+        if variance <= 0:  # a round that took no time teaches nothing
+            return
+        self._mean = [m + s * error / variance for m, s in zip(self._mean, shared, strict=True)]
+        self._covariance = [
+            [c - a * b / variance for c, b in zip(row, shared, strict=True)]
+            for row, a in zip(covariance, shared, strict=True)
+        ]
+
+    def round_ms(self, gamma: int) -> float:
+        """Expected time of a round with ``gamma`` drafted tokens; drafting is never free."""
+        base = max(self._mean[0], 1e-3)
+        if gamma == 0:
+            return base
+        return max(self._mean[0] + self._mean[1], base) + gamma * self.step_ms
+
+    @property
+    def step_ms(self) -> float:
+        """Marginal cost of one more drafted token, its row in the verify pass included."""
+        return max(self._mean[2], FLOOR * self._mean[0], 1e-6)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Arrays and numbers that `load_state_dict` needs to go on."""
+        return {
+            "mean": np.array(self._mean),
+            "covariance": np.array(self._covariance),
+            "count": self._count,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a saved state."""
+        self._mean = [float(m) for m in state["mean"]]
+        self._covariance = [[float(c) for c in row] for row in state["covariance"]]
+        self._count = int(state["count"])

@@ -1,0 +1,180 @@
+"""`tts sweep`: learning settings compared on recorded text, without decoding it again.
+
+The target reads each conversation once; then every setting replays it with the draft alone: each
+block is scored by the draft that was live, then learned from, by the coordinator that also runs
+while decoding. Time limits are off, so that settings are compared by what they learn.
+"""
+
+import itertools
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from experiments.curves import interval
+from experiments.options import ModelOptions
+from experiments.report import number
+from experiments.workload import PathFile, RecordedDialogue
+from tts.cached_model import CHUNK, CachedModel
+from tts.chat import ChatFormat
+from tts.coordinator import Coordinator
+from tts.distill.config import DistillConfig
+from tts.distill.evidence import Rows
+from tts.drafting.autoregressive import AutoregressiveDrafter
+from tts.errors import UserError
+from tts.models import ModelPair
+from tts.sampling import Distribution, Warper, overlap
+from tts.settings import Sampling
+
+
+@dataclass(frozen=True)
+class Sweep(ModelOptions):
+    """Replay recorded conversations under many learning settings.
+
+    Args:
+        path: a file of `tts record`.
+        conversations: replay only the first so many (0: all).
+        distill: the settings that do not vary.
+        vary: values by field of ``distill``; all combinations are replayed.
+        out: JSON lines file to append to, one line a setting ("": none).
+    """
+
+    path: str = ""
+    conversations: int = 0
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    vary: dict[str, list[Any]] = field(default_factory=dict)
+    out: str = ""
+
+    def settings(self) -> list[tuple[dict[str, Any], DistillConfig]]:
+        """Every combination, by what is special about it."""
+        made = []
+        for values in itertools.product(*self.vary.values()):
+            special = dict(zip(self.vary, values, strict=True))
+            try:
+                made.append((special, replace(self.distill, **special)))
+            except TypeError as error:
+                raise UserError(f"vary: {error}: use fields of distill") from None
+        return made
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Committed tokens of one answer and what the target says about them."""
+
+    sequence: list[int]  # everything up to and including the block
+    rows: Rows
+    p: Distribution  # as decoded: warped
+
+
+def sweep(config: Sweep) -> dict[str, Any]:
+    """Replay, print the table, return the JSON summary."""
+    if not config.path:
+        raise UserError("path: give a file of `tts record`")
+    settings = config.settings()
+    path = PathFile.read(config.path)
+    sampling = Sampling(path.temperature, path.top_k, path.top_p, 0.0, path.repetition_penalty)
+    pair = config.load()
+    size = config.distill.stride
+    texts = {
+        dialogue.id: read(pair, dialogue, sampling, size)
+        for dialogue in track(path.dialogues[: config.conversations or None], "reading")
+    }
+    static = {name: replay(pair, blocks, sampling, None) for name, blocks in texts.items()}
+    lines = []
+    for special, distill in track(settings, "replaying"):
+        online = {name: replay(pair, blocks, sampling, distill) for name, blocks in texts.items()}
+        lines.append(
+            {"vary": special, "distill": asdict(distill), "thirds": {
+                name: {"static": thirds(static[name]), "online": thirds(online[name])}
+                for name in texts
+            }}
+        )  # fmt: skip
+        if config.out:
+            with Path(config.out).open("a") as file:
+                file.write(json.dumps(lines[-1]) + "\n")
+    _show(lines)
+    return {"path": config.path, "settings": lines}
+
+
+def read(pair: ModelPair, dialogue: RecordedDialogue, sampling: Sampling, size: int) -> list[Block]:
+    """The conversation in blocks of ``size`` generated tokens, read by the target once."""
+    chat = ChatFormat.of(pair.tokenizer)
+    sequence: list[int] = []
+    spans = []
+    for user, answer in zip(dialogue.turns, dialogue.answers, strict=False):
+        ids = pair.tokenizer(user, add_special_tokens=False)["input_ids"]
+        sequence += chat.user_turn(ids, sequence)
+        spans += [
+            (len(sequence) + i, len(sequence) + min(i + size, len(answer)))
+            for i in range(0, len(answer), size)
+        ]
+        sequence += answer
+    cached = CachedModel(pair.target)
+    hidden = torch.cat(
+        [
+            cached.feed(sequence[i : i + CHUNK], keep=len(sequence[i : i + CHUNK])).hidden.clone()
+            for i in range(0, len(sequence), CHUNK)
+        ]
+    )
+    head = pair.target.get_output_embeddings()
+    warp = Warper(sampling, 0)
+    blocks = []
+    for start, end in spans:
+        with torch.no_grad():
+            states = hidden[start - 1 : end - 1]
+            logits = head(states).float()
+        mass = (logits / (sampling.temperature or 1.0)).logsumexp(-1)
+        p = warp(logits, sequence, start)
+        blocks.append(Block(sequence[:end], Rows(start, states, mass), p))
+    return blocks
+
+
+def replay(
+    pair: ModelPair, blocks: list[Block], sampling: Sampling, distill: DistillConfig | None
+) -> list[float]:
+    """Overlap at every generated position, each measured before it was learned from."""
+    coordinator, draft = None, pair.draft
+    if distill is not None:
+        head = pair.target.get_output_embeddings().weight
+        coordinator = Coordinator(pair.draft, head, replace(distill, max_update_share=1.0))
+        draft = coordinator.live
+        lesson = coordinator.lesson()
+    drafter = AutoregressiveDrafter(draft, pair.target.config.vocab_size)
+    drafter.begin(lambda columns: Warper(sampling, 0, columns))
+    values: list[float] = []
+    for block in blocks:
+        q = drafter.catch_up(block.sequence, len(block.rows))
+        values += overlap(block.p, q).tolist()
+        if coordinator is not None:
+            coordinator.observe(lesson, block.rows, True, 1e9)
+            coordinator.update(
+                lesson, block.sequence, len(block.sequence), drafter, sampling.temperature or 1.0
+            )
+    return values
+
+
+def thirds(values: list[float]) -> list[float]:
+    """Mean of each third."""
+    return [float(part.mean()) for part in torch.tensor(values).tensor_split(3)]
+
+
+def _show(lines: list[dict[str, Any]]) -> None:
+    table = Table(title="overlap of the draft that was live, relative to the static draft's")
+    for column in ("setting", "third 1", "third 2", "third 3", "all", "worst conversation"):
+        table.add_column(column, justify="left" if column == "setting" else "right")
+    for line in lines:
+        ratios = [
+            [o / s for o, s in zip(t["online"], t["static"], strict=True)]
+            + [sum(t["online"]) / sum(t["static"])]
+            for t in line["thirds"].values()
+        ]
+        columns = [interval(column)[0] for column in zip(*ratios, strict=True)]
+        name = " ".join(f"{k}={v}" for k, v in line["vary"].items()) or "default"
+        worst = min(ratio[-1] for ratio in ratios)
+        table.add_row(name, *(number(c, 3) for c in columns), number(worst, 3))
+    Console(width=140).print(table)

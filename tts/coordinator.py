@@ -1,0 +1,198 @@
+"""Alternates decoding rounds with small gradient steps, and watches whether they pay.
+
+After every round the coordinator takes in what the target said. When enough is new and the share of
+wall time allows it, it first lets the bare draft and the adapted one compete on the positions that
+came after the last step (the guard), then takes the next step and rewrites the live weights.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from tts.cached_model import CachedModel
+from tts.distill.config import DistillConfig
+from tts.distill.evidence import Evidence, Rows
+from tts.distill.learner import Learner, Window
+from tts.distill.losses import overlap
+from tts.drafting.protocol import Drafter
+from tts.errors import UserError
+from tts.records import UpdateRecord
+
+SMOOTHING = 0.85  # of the gain, an update's weight among those before
+WARM = 4  # updates before the guard judges
+TOLERANCE = 0.005  # overlap that the adapter may lose against the bare draft
+WORTHWHILE = 0.005  # overlap gained below which updates become rarer
+RARER = 4  # at most so many times the stride
+IDLE_SHARE = 0.25  # of the allowed time, where no tokens are drafted
+
+
+@dataclass(slots=True)
+class Lesson:
+    """What is known about one sequence."""
+
+    evidence: Evidence
+    bare: CachedModel  # the bare draft on its own keys, the guard's yardstick
+    learned: int = 0  # absolute position up to which evidence was used
+
+
+class Coordinator:
+    """Owns the learner and decides when it steps.
+
+    Args:
+        draft: the user's draft; stays bit-identical.
+        head: weight of the target's language-model head `[vocab, hidden]`.
+        config: how to learn.
+
+    Raises:
+        UserError: if the draft has recurrent layers, or none that the config targets.
+    """
+
+    def __init__(self, draft: PreTrainedModel, head: torch.Tensor, config: DistillConfig) -> None:
+        if CachedModel(draft).cache.is_recurrent:
+            raise UserError(
+                "distill: the draft has recurrent layers, whose past states are not kept: use a "
+                "draft with attention only"
+            )
+        self.config = config
+        self.learner = Learner(draft, head, config)
+        self._draft = draft
+        self._wall_ms = self._spent_ms = 0.0
+        self._expected_ms = 0.0  # of an update
+        self._drafting = 1.0  # recent share of rounds that drafted
+        self._gain = self._best = 0.0  # smoothed overlap over the bare draft's
+        self._good: dict[str, torch.Tensor] | None = None  # the adapter at its best
+        self._updates = 0
+        self._patience = 1
+
+    @property
+    def live(self) -> PreTrainedModel:
+        """The model to draft with."""
+        model: PreTrainedModel = self.learner.adapter.live
+        return model
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the live draft differs from the bare one."""
+        return self.learner.taught
+
+    def lesson(self) -> Lesson:
+        """A sequence begins; under scope ``sequence`` everything learned before is dropped."""
+        if self.config.scope == "sequence" and self.learner.adapter.version:
+            self.learner.reset()
+            self.learner.adapter.write()
+            self._gain, self._best, self._good, self._updates, self._patience = 0.0, 0.0, None, 0, 1
+        return Lesson(Evidence(self.config.capacity), CachedModel(self._draft))
+
+    def observe(self, lesson: Lesson, rows: Rows, drafted: bool, round_ms: float) -> None:
+        """Take in the on-path rows of a round and what the round cost."""
+        lesson.evidence.add(rows)
+        self._wall_ms += round_ms
+        self._drafting += (drafted - self._drafting) / 32
+
+    def update(
+        self,
+        lesson: Lesson,
+        sequence: list[int],
+        settled: int,
+        drafter: Drafter,
+        temperature: float,
+    ) -> UpdateRecord | None:
+        """Judge and learn if it is time to; the draft must not change otherwise.
+
+        Args:
+            lesson: of the sequence.
+            sequence: all committed tokens.
+            settled: positions before this one were drafted, and measured, with the draft as it is.
+            drafter: that drafts for the sequence with `live`.
+            temperature: at which p and q are compared.
+        """
+        if lesson.evidence.since(lesson.learned) < self.config.stride * self._patience:
+            return None
+        share = self.config.max_update_share * max(IDLE_SHARE, self._drafting)
+        if self._spent_ms + self._expected_ms > share * self._wall_ms:
+            return None
+        began = time.perf_counter()
+        rows = lesson.evidence.window(self.config.window, settled)
+        if rows is None or rows.end <= lesson.learned:
+            return None
+        record = self._step(lesson, sequence, rows, drafter, temperature)
+        lesson.learned = rows.end
+        record.update_ms = 1000 * (time.perf_counter() - began)
+        self._spent_ms += record.update_ms
+        self._wall_ms += record.update_ms
+        self._expected_ms += (record.update_ms - self._expected_ms) * (0.2 if self._updates else 1)
+        self._updates += 1
+        return record
+
+    def _step(
+        self,
+        lesson: Lesson,
+        sequence: list[int],
+        rows: Rows,
+        drafter: Drafter,
+        temperature: float,
+    ) -> UpdateRecord:
+        learner, config = self.learner, self.config
+
+        def window(rows: Rows) -> Window:
+            start, end = rows.first - 1, rows.end - 1
+            return Window(rows, sequence[start:end], drafter.keys_values(start))
+
+        bare = self._bare(lesson, sequence, rows, temperature) if config.guard else None
+        drawn = [
+            lesson.evidence.draw(config.window, rows.first, learner.random)
+            for _ in range(config.replay)
+        ]
+        windows = [window(rows), *(window(old) for old in drawn if old is not None)]
+        step = learner.step(windows, temperature, bare)
+        event = "skipped" if step.skipped else None
+        gain = None
+        if bare is not None:
+            # rows that an earlier step has seen say nothing about what it taught
+            fresh = slice(max(0, lesson.learned - rows.first), None)
+            shared = overlap(learner.log_p(rows, temperature), bare)
+            gain = float((step.overlap - shared)[fresh].mean())
+            event = self._judge(gain) or event
+        learner.adapter.write()
+        if config.keys == "recompute":
+            drafter.recompute(sequence, config.window)
+        return UpdateRecord(
+            loss=step.loss,
+            grad_norm=step.grad_norm,
+            lost_mass=step.lost_mass,
+            overlap=float(step.overlap.mean()),
+            gain=gain,
+            smoothed_gain=self._gain if config.guard else None,
+            event=event,
+            adapter_version=learner.adapter.version,
+        )
+
+    def _bare(
+        self, lesson: Lesson, sequence: list[int], rows: Rows, temperature: float
+    ) -> torch.Tensor:
+        """log q of the bare draft at ``rows``, on keys of its own."""
+        bare = lesson.bare
+        bare.rollback(min(bare.length, rows.first - 1))
+        fed = bare.feed(sequence[bare.length : rows.end - 1], keep=len(rows))
+        return self.learner.normalised(fed.logits, temperature)
+
+    def _judge(self, gain: float) -> str | None:
+        """Act on how the adapter did against the bare draft; returns what was done."""
+        self._gain += (gain - self._gain) * max(1 - SMOOTHING, 1 / (1 + self._updates))
+        self._patience = 1
+        if self._updates < WARM:
+            return None
+        learner = self.learner
+        if self._gain >= TOLERANCE and self._gain >= self._best:
+            self._best, self._good = self._gain, learner.adapter.snapshot()
+        elif self._gain < -TOLERANCE:
+            good, self._good = self._good, None
+            learner.restart(good)
+            self._gain = self._best = 0.0
+            self._updates = 0
+            return "reset" if good is None else "restored"
+        if self._gain < WORTHWHILE:
+            self._patience = RARER
+        return None

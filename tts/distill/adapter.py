@@ -1,0 +1,115 @@
+"""LoRA on the draft, and the live copy that drafts with it.
+
+Three models share every tensor that is not adapted: the user's draft, which never changes; PEFT's
+view of it, which is trained; and the live copy, whose adapted weights are rewritten as base + BA
+after an update. Nothing is ever merged and unmerged, which would change the base in bfloat16, and
+the live copy drafts at the speed of the plain draft.
+"""
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from torch import nn
+from transformers import PreTrainedModel
+
+from tts.errors import UserError
+from tts.packing import PackedLinear, pack
+
+NAME = "default"
+
+
+class Adapter:
+    """A LoRA adapter on ``draft`` and the live copy that has its weights.
+
+    Args:
+        draft: stays bit-identical.
+        rank: of the adapter.
+        alpha: scaling is alpha / rank.
+        targets: names of the linear layers that are adapted.
+        layers: indices of the decoder layers that are adapted (None: all).
+        seed: of the random half of the adapter.
+
+    Raises:
+        UserError: if no layer matches.
+    """
+
+    def __init__(
+        self,
+        draft: PreTrainedModel,
+        rank: int,
+        alpha: float,
+        targets: tuple[str, ...],
+        layers: tuple[int, ...] | None = None,
+        seed: int = 0,
+    ) -> None:
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,  # type: ignore[arg-type]
+            target_modules=list(targets),
+            layers_to_transform=None if layers is None else list(layers),
+        )
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers
+            torch.manual_seed(seed)
+            try:
+                self.model: PeftModel = get_peft_model(shared_copy(draft), config)
+            except ValueError as error:
+                raise UserError(f"targets, layers: {error}") from None
+        self._initial = {k: v.detach().clone() for k, v in self.parameters().items()}
+        adapted = [
+            (name.removeprefix("base_model.model."), module)
+            for name, module in self.model.named_modules()
+            if isinstance(module, LoraLinear)
+        ]
+        self.live = shared_copy(draft)
+        self._pairs: list[tuple[LoraLinear, nn.Linear]] = []
+        for name, module in adapted:
+            linear = self.live.get_submodule(name)
+            linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
+            self._pairs.append((module, linear))
+        pack(self.live)
+        self.version = 0  # how often the live weights were rewritten
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trained tensors by name: A and B of every adapted layer, float32."""
+        return {k: p for k, p in self.model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Rewrite the live weights as base + BA."""
+        for lora, linear in self._pairs:
+            base: torch.Tensor = lora.get_base_layer().weight  # type: ignore[assignment]
+            delta: torch.Tensor = lora.get_delta_weight(NAME)
+            linear.weight.copy_(base.float() + delta.float())
+            pack(linear)
+        self.version += 1
+
+    @torch.no_grad()
+    def load(self, values: dict[str, torch.Tensor]) -> None:
+        """Take up values of `parameters`; the live weights follow with the next `write`."""
+        for name, parameter in self.parameters().items():
+            parameter.copy_(values[name])
+
+    def snapshot(self) -> dict[str, torch.Tensor]:
+        """A copy of all trained values."""
+        return {name: p.detach().clone() for name, p in self.parameters().items()}
+
+    def reset(self) -> None:
+        """Back to the start: BA = 0."""
+        self.load(self._initial)
+
+
+def shared_copy(model: PreTrainedModel) -> Any:
+    """A module tree of its own over the same parameter and buffer tensors, nothing packed."""
+    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    # None instead of packed weights, which cannot be copied
+    shared |= {id(m.packed): None for m in model.modules() if isinstance(m, PackedLinear)}
+    twin = copy.deepcopy(model, shared)
+    for module in twin.modules():
+        if isinstance(module, PackedLinear):
+            module.__class__ = nn.Linear  # type: ignore[assignment]
+    return twin

@@ -1,0 +1,79 @@
+"""What the target said about the committed positions, bounded in size and kept on the device."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The target's rows for consecutive committed positions."""
+
+    first: int  # absolute position of the token that the first row predicted
+    hidden: torch.Tensor  # [R, hidden] the target's state after its final norm
+    log_mass: torch.Tensor  # float32 [R] logsumexp of its logits / temperature
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    @property
+    def end(self) -> int:
+        """One past the last position."""
+        return self.first + len(self)
+
+
+class Evidence:
+    """The newest on-path rows of one sequence, at most ``capacity``.
+
+    A row costs its hidden state, 576 numbers for the default model instead of 49,152 logits; the
+    frozen head recomputes the teacher when it is needed. Prompts between answers leave gaps.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._parts: list[Rows] = []  # ascending, each without a gap inside
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def add(self, rows: Rows) -> None:
+        """Append rows of positions after all others."""
+        self._parts.append(Rows(rows.first, rows.hidden.clone(), rows.log_mass.clone()))
+        self._size += len(rows)
+        while self._size - len(self._parts[0]) >= self._capacity:
+            self._size -= len(self._parts.pop(0))
+
+    def since(self, position: int) -> int:
+        """How many rows are of ``position`` or later."""
+        return sum(min(len(part), max(0, part.end - position)) for part in self._parts)
+
+    def window(self, count: int, end: int) -> Rows | None:
+        """Up to ``count`` consecutive rows, the newest before position ``end``."""
+        chosen: list[Rows] = []
+        for part in reversed(self._parts):
+            if part.first >= end:
+                continue
+            if chosen and part.end != chosen[-1].first:
+                break  # a prompt lies in between
+            chosen.append(part)
+            if min(end, chosen[0].end) - part.first >= count:
+                break
+        if not chosen:
+            return None
+        whole = Rows(
+            chosen[-1].first,
+            torch.cat([part.hidden for part in reversed(chosen)]),
+            torch.cat([part.log_mass for part in reversed(chosen)]),
+        )
+        last = min(end, whole.end) - whole.first
+        cut = slice(max(0, last - count), last)
+        return Rows(whole.first + cut.start, whole.hidden[cut], whole.log_mass[cut])
+
+    def draw(self, count: int, end: int, random: torch.Generator) -> Rows | None:
+        """A window that ends at a random position before ``end``."""
+        parts = [part for part in self._parts if part.end <= end]
+        if not parts:
+            return None
+        picked = parts[int(torch.randint(len(parts), (), generator=random))]
+        return self.window(count, picked.end)

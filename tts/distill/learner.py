@@ -1,0 +1,183 @@
+"""One gradient step on the draft's adapter, from what the target said about committed text.
+
+The draft is run over a window of committed tokens with its own cached keys in front, detached; the
+loss compares its rows with the target's at the decoding temperature, without truncation. Only the
+adapter moves. Steps happen between rounds, so the q that drafted is the q that is tested.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+from transformers import DynamicCache, PreTrainedModel
+
+from tts.distill.adapter import Adapter
+from tts.distill.config import DistillConfig
+from tts.distill.evidence import Rows
+from tts.distill.losses import LOSSES, forward_kl, overlap
+from tts.errors import UserError
+
+Prefix = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer
+
+
+class Window(NamedTuple):
+    """What a step learns from: evidence rows and the draft's context in front of them."""
+
+    rows: Rows
+    tokens: list[int]  # one a row: the token before the one that the row predicts
+    prefix: Prefix  # the draft's keys and values of all tokens before those
+
+
+class Step(NamedTuple):
+    """What a step did."""
+
+    loss: float
+    grad_norm: float
+    overlap: torch.Tensor  # [R] at the newest window's rows, before the step
+    lost_mass: float  # of the target outside the draft's vocabulary
+    skipped: bool  # the loss or a gradient was not finite, and nothing moved
+
+
+class Learner:
+    """Trains an adapter for ``draft`` towards the rows of a target's head.
+
+    Args:
+        draft: the user's; it stays as it is.
+        head: weight of the target's language-model head `[vocab, hidden]`.
+        config: how.
+    """
+
+    def __init__(self, draft: PreTrainedModel, head: torch.Tensor, config: DistillConfig) -> None:
+        self.config = config
+        self.adapter = Adapter(
+            draft, config.rank, config.alpha, config.targets, config.layers, config.seed
+        )
+        ids = getattr(draft, "draft_ids", slice(draft.get_output_embeddings().weight.shape[0]))
+        self._head = head.detach()[ids]
+        self.random = torch.Generator().manual_seed(config.seed)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything learned; the live weights follow with the next `Adapter.write`."""
+        self.taught = False  # whether BA is not zero
+        self.adapter.reset()
+        self.rate = self.config.learning_rate
+        self._start()
+
+    def restart(self, values: dict[str, torch.Tensor] | None) -> None:
+        """Go on from these values of the adapter (None: from nothing) at half the rate."""
+        self.taught = values is not None
+        if values is None:
+            self.adapter.reset()
+        else:
+            self.adapter.load(values)
+        self.rate /= 2
+        self._start()
+
+    def _start(self) -> None:
+        config = self.config
+        self.steps = 0  # of this optimizer
+        self._optimizer = torch.optim.AdamW(
+            self.adapter.parameters().values(),
+            self.rate,
+            (config.beta1, config.beta2),
+            weight_decay=0.0,
+        )
+
+    def step(
+        self, windows: list[Window], temperature: float, log_q_bare: torch.Tensor | None = None
+    ) -> Step:
+        """Learn from ``windows``, the newest first.
+
+        Args:
+            windows: evidence and contexts.
+            temperature: at which p and q are compared.
+            log_q_bare: rows of the bare draft for the newest window, for the proximal term.
+        """
+        config = self.config
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.rate * min(1.0, (self.steps + 1) / max(1, config.warmup))
+        with torch.enable_grad():
+            compared = [
+                (self.log_p(window.rows, temperature), self._log_q(window, temperature))
+                for window in windows
+            ]
+            loss = torch.stack([LOSSES[config.loss](*pair).mean() for pair in compared]).mean()
+            log_p, log_q = compared[0]
+            if log_q_bare is not None and config.proximal:
+                loss = loss + config.proximal * forward_kl(log_q_bare, log_q).mean()
+            loss.backward()
+        norm = clip_grad_norm_(self.adapter.parameters().values(), config.clip)
+        skipped = not bool(torch.isfinite(norm) & torch.isfinite(loss))
+        if not skipped:
+            self._optimizer.step()
+            self.steps += 1
+            self.taught = True
+        self._optimizer.zero_grad()
+        lost_mass = 1 - log_p.exp().sum(-1).mean()
+        shared = overlap(log_p, log_q.detach())
+        return Step(float(loss.detach()), float(norm), shared, float(lost_mass), skipped)
+
+    def log_p(self, rows: Rows, temperature: float) -> torch.Tensor:
+        """log p of the draft's ids at ``rows`` `[R, ids]`, not renormalised."""
+        logits = rows.hidden.to(self._head.dtype) @ self._head.T
+        return logits.float() / temperature - rows.log_mass[:, None]
+
+    def normalised(self, logits: torch.Tensor, temperature: float) -> torch.Tensor:
+        """log q `[R, ids]` of a draft's ``logits``; padding beyond the target's ids is cut off."""
+        return (logits[:, : len(self._head)].float() / temperature).log_softmax(-1)
+
+    def _log_q(self, window: Window, temperature: float) -> torch.Tensor:
+        """log q of the adapted draft at the window's rows `[R, ids]`, with its graph."""
+        model: Any = self.adapter.model.get_base_model()
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(window.prefix):
+            cache.update(keys, values, layer)
+        reduced = {"full_width": False} if hasattr(model, "draft_ids") else {}
+        output = model(
+            input_ids=torch.tensor([window.tokens], device=model.device),
+            past_key_values=cache,
+            use_cache=True,
+            **reduced,
+        )
+        return self.normalised(output.logits[0], temperature)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Adapter, optimizer, learning rate and random state as flat tensors."""
+        state = {
+            "steps": torch.tensor(self.steps),
+            "taught": torch.tensor(self.taught),
+            "rate": torch.tensor(self.rate, dtype=torch.float64),
+            "random": self.random.get_state(),
+        }
+        for name, parameter in self.adapter.parameters().items():
+            state[f"adapter.{name}"] = parameter.detach().clone()
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                state[f"optimizer.{name}.{key}"] = value.clone()
+        return state
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Take up what `state_dict` gave, live weights included.
+
+        Raises:
+            UserError: if it belongs to another draft or rank.
+        """
+        parameters = self.adapter.parameters()
+        own = {f"adapter.{name}": p.shape for name, p in parameters.items()}
+        given = {k: v.shape for k, v in state.items() if k.startswith("adapter.")}
+        if own != given:
+            raise UserError(
+                "state: it belongs to another draft, rank or set of layers: load it with the "
+                "settings it was saved with"
+            )
+        self.rate = float(state["rate"])
+        self._start()
+        self.steps, self.taught = int(state["steps"]), bool(state["taught"])
+        self.random.set_state(state["random"])
+        self.adapter.load({name: state[f"adapter.{name}"] for name in parameters})
+        for name, parameter in parameters.items():
+            prefix = f"optimizer.{name}."
+            values = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            if values:
+                self._optimizer.state[parameter] = {k: v.clone() for k, v in values.items()}
+        self.adapter.write()
