@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,9 +24,11 @@ from experiments.report import number
 from experiments.results import Results
 from experiments.workload import PathFile
 from tts.chat import ChatFormat
+from tts.distill.config import DistillConfig
 from tts.engine import SpeculativeDecoder
 from tts.errors import UserError
 from tts.models import ModelPair
+from tts.policy import LengthPolicy
 
 Arm = Callable[[torch.Tensor, GenerationConfig, int, "Clock"], None]
 
@@ -41,6 +43,9 @@ class Bench(ModelOptions, TextOptions):
         segment_tokens: new tokens an arm and segment.
         gammas: our fixed lengths; 0 is the target alone.
         lengths: transformers' constant lengths.
+        learners: also time the gamma MLP, and the draft that learns.
+        learning_gamma: fixed length of one more arm whose draft learns (0: none).
+        distill: how the draft learns.
         peers: also time transformers.
         results: folder for all results.
         run_id: a new one if empty.
@@ -51,6 +56,9 @@ class Bench(ModelOptions, TextOptions):
     segment_tokens: int = 96
     gammas: tuple[int, ...] = (0, 1, 2, 3, 4)
     lengths: tuple[int, ...] = (1, 2, 3, 4)
+    learners: bool = True
+    learning_gamma: int = 0
+    distill: DistillConfig = field(default_factory=DistillConfig)
     peers: bool = True
     results: str = "results"
     run_id: str = ""
@@ -136,7 +144,16 @@ def _prompts(config: Bench, pair: ModelPair) -> list[torch.Tensor]:
 def _arms(config: Bench, pair: ModelPair) -> dict[str, Arm]:
     arms: dict[str, Arm] = {}
     for gamma in config.gammas:
-        arms[f"ours, gamma {gamma}"] = _ours(pair, gamma)
+        arms[f"ours, gamma {gamma}"] = _ours(pair, make_policy("fixed", gamma=gamma))
+    if config.learners:
+        # a segment is short: what they learn is carried from one to the next
+        distill = replace(config.distill, scope="session")
+        arms["ours, gamma MLP"] = _ours(pair, make_policy("mlp"))
+        arms["ours, gamma MLP and draft learn"] = _ours(pair, make_policy("mlp"), distill)
+        if config.learning_gamma:
+            arms[f"ours, gamma {config.learning_gamma}, draft learns"] = _ours(
+                pair, make_policy("fixed", gamma=config.learning_gamma), distill
+            )
     if not config.peers:
         return arms
     target, draft, *_ = config.load(stock=True)
@@ -156,8 +173,8 @@ def _arms(config: Bench, pair: ModelPair) -> dict[str, Arm]:
     return arms
 
 
-def _ours(pair: ModelPair, gamma: int) -> Arm:
-    decoder = SpeculativeDecoder(pair, policy=make_policy("fixed", gamma=gamma))
+def _ours(pair: ModelPair, policy: LengthPolicy, distill: DistillConfig | None = None) -> Arm:
+    decoder = SpeculativeDecoder(pair, policy=policy, distill=distill)
 
     def arm(prompt: torch.Tensor, config: GenerationConfig, seed: int, clock: Clock) -> None:
         decoder.generate(prompt, generation_config=config, seed=seed, streamer=clock)

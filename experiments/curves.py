@@ -52,11 +52,37 @@ def gamma_curve(rounds: Rounds, edges: Sequence[int]) -> Curve:
     )
 
 
+def seconds_curve(rounds: Rounds, edges: Sequence[int]) -> Curve:
+    """Seconds since the first round, at the end of each bin; prefill excluded."""
+    end = rounds[-1].position + rounds[-1].num_emitted
+    return _binned(
+        edges,
+        lambda low, high: (
+            sum(r.total_ms for r in rounds if r.position < high) / 1000
+            if low < end
+            else float("nan")
+        ),
+    )
+
+
+def ahead_from(static: Rounds, rounds: Rounds, edges: Sequence[int]) -> int | None:
+    """Output position from which on ``rounds`` have cost less time than ``static``, to the end."""
+    pairs = zip(seconds_curve(static, edges).value, seconds_curve(rounds, edges).value, strict=True)
+    ahead = None
+    for (_, high), (before, now) in zip(pairwise(edges), pairs, strict=True):
+        if now > before:
+            ahead = None
+        elif ahead is None and now < before:
+            ahead = high
+    return ahead
+
+
 CURVES = {
     "overlap": overlap_curve,
     "acceptance_length": acceptance_curve,
     "tok_s": speed_curve,
     "gamma": gamma_curve,
+    "seconds": seconds_curve,
 }
 
 

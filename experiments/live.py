@@ -22,6 +22,7 @@ class Live:
     def __init__(self, title: str, total: int) -> None:
         self._title, self._total = title, total
         self._shown = 0.0
+        self._update = ""
         self._watched = sys.stderr.isatty()
 
     def __enter__(self) -> "Live":
@@ -33,6 +34,10 @@ class Live:
 
     def show(self, rounds: Sequence[RoundRecord]) -> None:
         """Called after every round with all rounds so far."""
+        if (update := rounds[-1].update) is not None:
+            gain = "" if update.smoothed_gain is None else f" gain {update.smoothed_gain:+.3f}"
+            event = "" if update.event is None else f" {update.event}"
+            self._update = f"  update {update.adapter_version}: loss {update.loss:.2f}{gain}{event}"
         if not self._watched or time.monotonic() - self._shown < EVERY:
             return
         self._shown = time.monotonic()
@@ -42,6 +47,6 @@ class Live:
         line = (
             f"{self._title}: {tokens}/{self._total} tokens  "
             f"{tokens_per_second(recent) or 0:.1f} tok/s  "
-            f"acceptance {mean_acceptance_length(recent) or 1:.2f}  gamma {gamma:.1f}"
+            f"acceptance {mean_acceptance_length(recent) or 1:.2f}  gamma {gamma:.1f}{self._update}"
         )
-        print(f"\r{line:<100}", end="", file=sys.stderr, flush=True)
+        print(f"\r{line:<120}", end="", file=sys.stderr, flush=True)

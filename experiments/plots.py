@@ -24,6 +24,7 @@ LABELS = {
     "acceptance_length": "acceptance length (bonus counted)",
     "tok_s": "tokens per second",
     "gamma": "drafted tokens a round",
+    "seconds": "seconds since the start",
 }
 
 

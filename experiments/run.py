@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from experiments.arms import build, check_arms
-from experiments.curves import CURVES, bin_edges
+from experiments.curves import CURVES, ahead_from, bin_edges
 from experiments.decode import Decoded, OnRound, decode, recorded
 from experiments.live import Live
 from experiments.options import ModelOptions, SpeculationOptions, TextOptions
@@ -78,7 +78,7 @@ def run(config: Run) -> dict[str, Any]:
     finally:
         # an interruption loses nothing that was measured
         summary = measured.finish(status)
-    measured.show()
+    measured.show(summary)
     return _brief(summary)
 
 
@@ -142,6 +142,16 @@ class Measured:
             for arm, texts in self._arms.items()
             if any(texts.values())
         }
+        if "static" in self._arms:
+            edges = bin_edges(self._config.max_new_tokens, BIN)
+            ahead = {
+                f"{text}/{arm}": ahead_from(self._arms["static"][text], rounds, edges)
+                for arm, texts in self._arms.items()
+                for text, rounds in texts.items()
+                if arm != "static" and text in self._arms["static"]
+            }
+        else:
+            ahead = {}
         pooled = {arm: [r for t in texts.values() for r in t] for arm, texts in self._arms.items()}
         summary = {
             "results": str(self._results.folder),
@@ -150,22 +160,26 @@ class Measured:
             "distinct_4_per_1000": {
                 f"{s['conversation']}/{s['arm']}": s["distinct_4_per_1000"] for s in self._samples
             },
+            "ahead_of_static_from": ahead,
             "loops": [f"{s['conversation']}/{s['arm']}" for s in self._samples if s["loops"]],
         }
         if pooled:
             longest = max(r.position + r.num_emitted for rounds in pooled.values() for r in rounds)
             summary["curves"] = self._curves(bin_edges(longest, BIN))
             position_figure(
-                self._arms, ("overlap", "acceptance_length"),
+                self._arms, ("overlap", "acceptance_length", "gamma"),
                 self._results.folder / "acceptance_vs_position.png", self._caption(), BIN,
             )  # fmt: skip
         self._results.finish(summary)
         return summary
 
-    def show(self) -> None:
-        """The table, and a warning for every text that loops."""
+    def show(self, summary: dict[str, Any]) -> None:
+        """The table, where an arm has paid for itself, and a warning for every loop."""
         console = Console()
         console.print(arms_table(self._arms, self._caption()))
+        for name, position in summary["ahead_of_static_from"].items():
+            when = "not yet" if position is None else f"from token {position} on"
+            console.print(f"{name}: less time than static {when}")
         for sample in self._samples:
             if sample["loops"]:
                 console.print(

@@ -184,12 +184,13 @@ def test_bench_times_ours_and_transformers_own(tts, tmp_path):
     tts("record", f"--out={path}")
     code, out, _ = tts(
         "bench", f"--path={path}", "--segments=2", "--segment-tokens=12", "--gammas=[0,2]",
-        "--lengths=[2]", f"--results={tmp_path}", "--run-id=b",
+        "--lengths=[2]", "--learning-gamma=2", f"--results={tmp_path}", "--run-id=b",
     )  # fmt: skip
     assert code == 0
     medians = json.loads(out.splitlines()[-1])["tok_s_median"]
     assert set(medians) == {
-        "ours, gamma 0", "ours, gamma 2", "transformers, plain", "transformers, plain, our kernels",
+        "ours, gamma 0", "ours, gamma 2", "ours, gamma MLP", "ours, gamma MLP and draft learn",
+        "ours, gamma 2, draft learns", "transformers, plain", "transformers, plain, our kernels",
         "transformers, assisted, default", "transformers, assisted, constant 2",
         "transformers, assisted, heuristic", "transformers, prompt lookup",
     }  # fmt: skip
@@ -202,6 +203,59 @@ def test_profile_prints_costs_beside_the_floor(tts):
     summary = json.loads(out.splitlines()[-1])
     assert summary["bandwidth_gb_s"] > 0
     assert set(summary["context_cost"]["ratio"]) == {"1", "3"}
+
+
+def test_the_four_arms_share_one_text_and_show_their_updates(tts, tmp_path):
+    code, out, _ = tts(
+        "run", "--arms=[static,draft,gamma,both]", "--run-id=four", "--distill.stride=4",
+        "--distill.max-update-share=1", "--distill.window=4", "--distill.rank=2",
+    )  # fmt: skip
+    assert code == 0
+    last = json.loads(out.strip().splitlines()[-1])
+    assert last["arms"]["draft"]["num_updates"] > 0
+    assert last["arms"]["static"]["num_updates"] == last["arms"]["gamma"]["num_updates"] == 0
+    assert {arm["path_mismatches"] for arm in last["arms"].values()} == {0}
+    assert set(last["ahead_of_static_from"]) == {
+        f"{text}/{arm}" for text in "ab" for arm in ("draft", "gamma", "both")
+    }
+    rows = (tmp_path / "results" / "run" / "four" / "metrics.jsonl").read_text().splitlines()
+    updates = [row for row in map(json.loads, rows) if row["update"]]
+    assert {row["arm"] for row in updates} <= {"draft", "both"}
+    code, out, _ = tts("run", "--arms=[draft,both]", "--run-id=off", "--no-draft-updates")
+    assert code == 0
+    arms = json.loads(out.strip().splitlines()[-1])["arms"]
+    assert all(arm["num_updates"] == 0 for arm in arms.values())
+
+
+def test_sweep_replays_a_path_under_every_setting(tts, models, tmp_path):
+    path = tmp_path / "path.json"
+    assert tts("record", f"--out={path}")[0] == 0
+    code, out, _ = tts(
+        "sweep", f"--path={path}", "--distill.stride=5", "--distill.window=5",
+        '--vary={"loss": ["overlap", "jsd"], "rank": [2, 4]}', f"--out={tmp_path / 'log.jsonl'}",
+        text=False,
+    )  # fmt: skip
+    assert code == 0
+    settings = json.loads(out.strip().splitlines()[-1])["settings"]
+    assert [s["vary"] for s in settings] == [
+        {"loss": loss, "rank": rank} for loss in ("overlap", "jsd") for rank in (2, 4)
+    ]
+    static = settings[0]["thirds"]["a"]["static"]
+    assert settings[0]["thirds"]["a"]["online"] != static
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 4
+    code, _, err = tts("sweep", f"--path={path}", '--vary={"speed": [1]}', text=False)
+    assert code == 2
+    assert "vary" in err
+
+
+def test_fit_writes_weights_that_the_policy_starts_from(tts, tmp_path):
+    path, out = tmp_path / "path.json", tmp_path / "weights.json"
+    assert tts("record", f"--out={path}")[0] == 0
+    code, printed, _ = tts("fit", f"--path={path}", f"--out={out}", "--temperature=0.8")
+    assert code == 0
+    loss = json.loads(printed.strip().splitlines()[-1])["held_out_loss"]
+    assert loss["fitted"] < loss["prior"]
+    assert len(json.loads(out.read_text())["weights"]) > 100
 
 
 def test_every_verb_has_help_and_none_needs_a_model_for_it(capsys):

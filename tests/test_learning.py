@@ -17,6 +17,7 @@ from tts.distill.evidence import Evidence, Rows
 from tts.distill.learner import Learner, Window
 from tts.engine import SpeculativeDecoder
 from tts.errors import UserError
+from tts.state import load_state, save_state
 
 EAGER = DistillConfig(stride=1, window=8, rank=4, learning_rate=0.01, max_update_share=1.0)
 POLICIES = ["fixed", "mlp"]
@@ -263,6 +264,36 @@ def test_state_goes_on_where_it_was_saved():
     other = Learner(pair.draft, head, DistillConfig(rank=2))
     with pytest.raises(UserError, match="another draft, rank"):
         other.load_state_dict(one.state_dict())
+
+
+def test_a_saved_state_goes_on_in_another_decoder(tmp_path):
+    pair = learnable()
+    distill = DistillConfig(
+        stride=1, window=8, rank=4, learning_rate=0.01, max_update_share=1.0, scope="session"
+    )
+
+    def decoder(**kwargs):
+        kwargs = {"policy": make_policy("mlp"), "distill": distill} | kwargs
+        return SpeculativeDecoder(pair, **kwargs)
+
+    one, two, file = decoder(), decoder(), tmp_path / "state.safetensors"
+    one.policy.cost.observe = lambda *args: None
+    one.generate(PROMPT, generation_config=sampled())
+    save_state(one, file)
+    load_state(two, file)
+    assert (one.policy.weights == two.policy.weights).all()
+    assert one.coordinator.learner.steps == two.coordinator.learner.steps > 3
+    tokens = torch.tensor([TOKENS])
+    with torch.no_grad():
+        live = [d.coordinator.live(input_ids=tokens).logits for d in (one, two)]
+    torch.testing.assert_close(*live)
+    with pytest.raises(UserError, match="another policy"):
+        load_state(decoder(distill=None), file)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="cannot read"):
+        load_state(two, file)
+    with pytest.raises(UserError, match="cannot read"):
+        load_state(two, tmp_path / "none")
 
 
 def test_evidence_is_bounded_and_windows_never_span_a_prompt():

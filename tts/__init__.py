@@ -10,8 +10,11 @@ _PUBLIC = {
     "Session": "tts.engine",
     "SpeculativeDecoder": "tts.engine",
     "UserError": "tts.errors",
+    "DistillConfig": "tts.distill.config",
     "load_pair": "tts.models",
+    "load_state": "tts.state",
     "load_target": "tts.models",
+    "save_state": "tts.state",
 }
 
 __all__ = list(_PUBLIC)

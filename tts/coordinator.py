@@ -7,6 +7,7 @@ came after the last step (the guard), then takes the next step and rewrites the 
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -196,3 +197,24 @@ class Coordinator:
         if self._gain < WORTHWHILE:
             self._patience = RARER
         return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers that `load_state_dict` needs to go on."""
+        state: dict[str, Any] = self.learner.state_dict()
+        state |= {f"good.{name}": value for name, value in (self._good or {}).items()}
+        return state | {name: getattr(self, f"_{name}") for name in NUMBERS}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave, live weights included.
+
+        Raises:
+            UserError: if it belongs to another draft or rank.
+        """
+        self.learner.load_state_dict(state)
+        good = {k.removeprefix("good."): v for k, v in state.items() if k.startswith("good.")}
+        self._good = good or None
+        for name in NUMBERS:
+            setattr(self, f"_{name}", state[name])
+
+
+NUMBERS = ("wall_ms", "spent_ms", "expected_ms", "drafting", "gain", "best", "updates", "patience")
