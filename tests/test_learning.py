@@ -188,8 +188,8 @@ def test_live_weights_are_base_plus_ba_and_the_rewrite_forgets_nothing():
         assert torch.equal(learner.adapter.live(input_ids=tokens).logits, bare)
 
 
-def spoilt(monkeypatch, after):
-    """From its ``after``-th step on, the learner destroys what it learned."""
+def check_the_guard_takes_back(after, event):
+    """From its ``after``-th step on the learner destroys what it learned; the guard notices."""
     honest = Learner.step
 
     def step(self, windows, *args):
@@ -200,21 +200,21 @@ def spoilt(monkeypatch, after):
                     parameter.normal_(std=1.0)
         return done
 
-    monkeypatch.setattr(Learner, "step", step)
+    distill = DistillConfig(stride=4, window=8, rank=4, learning_rate=0.01, max_update_share=1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Learner, "step", step)
+        result = decode(learnable(), sampled(400), distill)
+    events = [r.update.event for r in result.rounds if r.update is not None]
+    assert event in events
+    summary = result.summary()
+    assert summary.num_taken_back == sum(e is not None for e in events)
+    assert not result.rounds[0].adapted
+    assert summary.adapted_share < 1
 
 
 @pytest.mark.parametrize(("after", "event"), [(0, "reset"), (30, "restored")])
-def test_the_guard_takes_back_what_loses(monkeypatch, after, event):
-    spoilt(monkeypatch, after)
-    pair = learnable()
-    distill = DistillConfig(stride=4, window=8, rank=4, learning_rate=0.01, max_update_share=1.0)
-    result = decode(pair, sampled(400), distill)
-    events = [r.update.event for r in result.rounds if r.update is not None]
-    assert event in events
-    assert result.summary().num_taken_back == sum(e is not None for e in events)
-    adapted = [r.adapted for r in result.rounds]
-    assert not adapted[0]
-    assert result.summary().adapted_share < 1
+def test_the_guard_takes_back_what_loses(after, event):
+    check_the_guard_takes_back(after, event)
 
 
 def test_learning_stops_within_its_share_of_time():

@@ -3,9 +3,13 @@
 import pytest
 import torch
 
-from tests import test_engine
+from tests import test_engine, test_learning
 from tts.cache import RollbackCache, RollbackLayer
-from tts.cached_model import CachedModel, Rows
+from tts.cached_model import CachedModel
+from tts.cached_model import Rows as DraftRows
+from tts.coordinator import Coordinator
+from tts.distill.adapter import Adapter
+from tts.distill.evidence import Evidence, Rows
 from tts.drafting.autoregressive import AutoregressiveDrafter
 from tts.sampling import Coupled, Warper
 from tts.stopping import Cut, Stopping
@@ -23,7 +27,7 @@ def one_stale_position_survives_a_rollback(patch):
 def the_lagging_token_is_never_fed_to_the_draft(patch):
     def feed(self, tokens, keep=1):
         rows = self._cached.feed(tokens[-1:] if len(tokens) == 2 else tokens)
-        return Rows(*(x[-1:].expand(keep, -1) for x in rows))
+        return DraftRows(*(x[-1:].expand(keep, -1) for x in rows))
 
     patch.setattr(AutoregressiveDrafter, "_feed", feed)
 
@@ -82,6 +86,46 @@ def q_belongs_to_the_next_offset(patch):
     patch.setattr(AutoregressiveDrafter, "propose", propose)
 
 
+def an_update_is_merged_into_the_base(patch):
+    honest = Adapter.write
+
+    def write(self):
+        honest(self)
+        for lora, linear in self._pairs:
+            lora.get_base_layer().weight.copy_(linear.weight)
+
+    patch.setattr(Adapter, "write", torch.no_grad()(write))
+
+
+def evidence_belongs_to_the_next_position(patch):
+    honest = Evidence.add
+    patch.setattr(
+        Evidence, "add",
+        lambda self, rows: honest(self, Rows(rows.first + 1, rows.hidden, rows.log_mass)),
+    )  # fmt: skip
+
+
+def the_guard_looks_away(patch):
+    patch.setattr(Coordinator, "_judge", lambda self, gain: None)
+
+
+def an_update_happens_inside_a_round(patch):
+    """The weights change between drafting and verification, and q is computed again."""
+    honest = AutoregressiveDrafter.propose
+
+    def propose(self, sequence, *args):
+        proposal = honest(self, sequence, *args)
+        changed = proposal.q.probs**0.5
+        q = type(proposal.q)(proposal.q.ids, changed / changed.sum(-1, keepdim=True))
+        return proposal._replace(q=q)
+
+    patch.setattr(AutoregressiveDrafter, "propose", propose)
+
+
+def without_architecture(check, **kwargs):
+    return lambda architecture: check(**kwargs)
+
+
 LIST = [
     (one_stale_position_survives_a_rollback, test_engine.check_greedy_equals_target, "llama3.1"),
     (the_lagging_token_is_never_fed_to_the_draft,
@@ -98,6 +142,14 @@ LIST = [
      test_engine.check_greedy_equals_target, "qwen3.5"),
     (q_belongs_to_the_next_offset,
      test_engine.check_overlap_is_the_same_for_every_gamma, "llama3.1"),
+    (an_update_happens_inside_a_round,
+     test_engine.check_overlap_is_the_same_for_every_gamma, "llama3.1"),
+    (an_update_is_merged_into_the_base,
+     without_architecture(test_learning.test_base_weights_are_bit_identical_after_a_run), ""),
+    (evidence_belongs_to_the_next_position,
+     without_architecture(test_learning.test_the_draft_gets_better_while_it_decodes), ""),
+    (the_guard_looks_away,
+     without_architecture(test_learning.check_the_guard_takes_back, after=0, event="reset"), ""),
 ]  # fmt: skip
 
 
