@@ -87,7 +87,11 @@ def sweep(config: Sweep) -> dict[str, Any]:
     static = {name: replay(pair, blocks, sampling, None) for name, blocks in texts.items()}
     lines = []
     for special, distill in track(settings, "replaying"):
-        online = {name: replay(pair, blocks, sampling, distill) for name, blocks in texts.items()}
+        head = pair.target.get_output_embeddings().weight
+        coordinator = Coordinator(pair.draft, head, replace(distill, max_update_share=1.0))
+        online = {
+            name: replay(pair, blocks, sampling, coordinator) for name, blocks in texts.items()
+        }
         lines.append(
             {"vary": special, "distill": asdict(distill), "thirds": {
                 name: {"static": thirds(static[name]), "online": thirds(online[name])}
@@ -135,15 +139,12 @@ def read(pair: ModelPair, dialogue: RecordedDialogue, sampling: Sampling, size: 
 
 
 def replay(
-    pair: ModelPair, blocks: list[Block], sampling: Sampling, distill: DistillConfig | None
+    pair: ModelPair, blocks: list[Block], sampling: Sampling, coordinator: Coordinator | None
 ) -> list[float]:
     """Overlap at every generated position, each measured before it was learned from."""
-    coordinator, draft = None, pair.draft
-    if distill is not None:
-        head = pair.target.get_output_embeddings().weight
-        coordinator = Coordinator(pair.draft, head, replace(distill, max_update_share=1.0))
-        draft = coordinator.live
-        lesson = coordinator.lesson()
+    draft = pair.draft
+    if coordinator is not None:
+        draft, lesson = coordinator.live, coordinator.lesson()
     drafter = AutoregressiveDrafter(draft, pair.target.config.vocab_size)
     drafter.begin(lambda columns: Warper(sampling, 0, columns))
     values: list[float] = []

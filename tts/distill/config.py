@@ -37,8 +37,8 @@ class DistillConfig:
         seed: of the adapter and the replay.
     """
 
-    loss: str = "overlap"
-    learning_rate: float = 2e-3
+    loss: str = "jsd"
+    learning_rate: float = 4e-3
     beta1: float = 0.9
     beta2: float = 0.95
     rank: int = 16
@@ -48,7 +48,7 @@ class DistillConfig:
     )  # fmt: skip
     layers: tuple[int, ...] | None = None
     stride: int = 32
-    window: int = 32
+    window: int = 64
     replay: int = 0
     warmup: int = 0
     clip: float = 1.0
