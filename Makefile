@@ -14,7 +14,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: run test clean
 run: $(STAMP)
-	$(VENV)/bin/tts run $(ARGS)
+	$(VENV)/bin/tts run --max-new-tokens 2000 $(ARGS)
 
 test: $(STAMP)
 	$(VENV)/bin/ruff check .

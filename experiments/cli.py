@@ -28,6 +28,9 @@ VERBS = {
     "record": Verb("experiments.record", "Record", "record", "write a token path for paired runs"),
     "bench": Verb("experiments.bench", "Bench", "bench", "time it beside transformers"),
     "profile": Verb("experiments.profile", "Profile", "profile", "what a pass costs"),
+    "compare": Verb(
+        "experiments.compare", "Compare", "compare", "join the records of several runs"
+    ),
     "fit": Verb("experiments.fit", "Fit", "fit", "fit where the gamma MLP starts"),
     "sweep": Verb("experiments.sweep", "Sweep", "sweep", "compare learning settings on a path"),
     "selftext": Verb(

@@ -40,7 +40,7 @@ class Run(ModelOptions, TextOptions, SpeculationOptions):
         wandb: disabled, offline or online.
     """
 
-    arms: tuple[str, ...] = ("static", "window")
+    arms: tuple[str, ...] = ("static", "window", "draft", "gamma", "both")
     path: str = ""
     results: str = "results"
     run_id: str = ""

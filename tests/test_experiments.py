@@ -227,6 +227,24 @@ def test_the_four_arms_share_one_text_and_show_their_updates(tts, tmp_path):
     assert all(arm["num_updates"] == 0 for arm in arms.values())
 
 
+def test_compare_joins_runs_and_leaves_out_what_not_every_arm_finished(tts, tmp_path, capsys):
+    assert tts("run", "--arms=[static,target]", "--run-id=a", "--conversations=1")[0] == 0
+    assert tts("run", "--arms=[static,target]", "--run-id=b")[0] == 0
+    folders = [tmp_path / "results" / "run" / name for name in "ab"]
+    records = folders[1] / "metrics.jsonl"
+    records.write_text("".join(records.read_text().splitlines(keepends=True)[:-1]))
+    figure = tmp_path / "docs" / "joined.png"
+    runs = "--runs=[" + ",".join(map(str, folders)) + "]"
+    assert main(["compare", runs, f"--out={figure}"]) == 0
+    summary = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert set(summary["overlap"]) == {"a"}, "the second conversation was cut short in one arm"
+    assert set(summary["overlap"]["a"]) == {"static", "target"}
+    assert len(summary["acceptance_length"]["a"]["static"]) == 4
+    assert figure.is_file()
+    assert main(["compare"]) == 2
+    assert main(["compare", f"--runs=[{tmp_path}]"]) == 2
+
+
 def test_sweep_replays_a_path_under_every_setting(tts, models, tmp_path):
     path = tmp_path / "path.json"
     assert tts("record", f"--out={path}")[0] == 0
