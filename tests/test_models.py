@@ -103,10 +103,16 @@ def test_a_reduced_draft_is_saved_and_loaded_unchanged_and_is_small(folders):
 def test_transformers_can_run_a_reduced_draft_as_an_assistant(folders):
     pair = load(folders, "reduced", stock=True)
     plain = pair.target.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=20, do_sample=False)
+    read = []
+    handle = pair.draft.model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
     assisted = pair.target.generate(
         torch.tensor([[3, 4, 5]]), max_new_tokens=20, do_sample=False, assistant_model=pair.draft
     )
+    handle.remove()
     assert assisted.tolist() == plain.tolist()
+    assert max(read[1:]) <= 2, "an assistant reads only what is new, or peers are slowed down"
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ class ReducedLlamaForCausalLM(PreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
         logits_to_keep: int = 0,
         full_width: bool = True,
         **kwargs: object,
@@ -64,10 +65,12 @@ class ReducedLlamaForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: `[batch, rows]`.
+            attention_mask: named here because `generate` looks for the name: without it an
+                assistant reads its whole context again in every round.
             logits_to_keep: only the last rows (0: all).
             full_width: False leaves the logits at `[batch, rows, draft_vocab_size]`.
         """
-        output = self.model(input_ids=input_ids, **kwargs)
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         logits = self.lm_head(output.last_hidden_state[:, -logits_to_keep:])
         if full_width:
             wide = logits.new_full((*logits.shape[:-1], self.config.vocab_size), float("-inf"))
