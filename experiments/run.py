@@ -175,7 +175,7 @@ class Measured:
 
     def show(self, summary: dict[str, Any]) -> None:
         """The table, where an arm has paid for itself, and a warning for every loop."""
-        console = Console()
+        console = Console(width=120)  # the table has six columns, also in a log
         console.print(arms_table(self._arms, self._caption()))
         for name, position in summary["ahead_of_static_from"].items():
             when = "not yet" if position is None else f"from token {position} on"
