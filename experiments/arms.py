@@ -12,7 +12,6 @@ from tts.models import ModelPair
 class Arm(NamedTuple):
     """What is switched on."""
 
-    help: str
     gamma: bool = False  # the gamma MLP chooses the length instead of the policy asked for
     draft: bool = False  # the draft learns
     window: bool = False  # the draft sees only its newest context
@@ -20,12 +19,12 @@ class Arm(NamedTuple):
 
 
 ARMS = {
-    "target": Arm("the target alone, gamma 0", alone=True),
-    "static": Arm("nothing learns"),
-    "window": Arm("nothing learns, sliding window over the draft's context", window=True),
-    "draft": Arm("the draft learns", draft=True),
-    "gamma": Arm("the gamma MLP learns", gamma=True),
-    "both": Arm("draft and gamma MLP learn", draft=True, gamma=True),
+    "target": Arm(alone=True),
+    "static": Arm(),
+    "window": Arm(window=True),
+    "draft": Arm(draft=True),
+    "gamma": Arm(gamma=True),
+    "both": Arm(draft=True, gamma=True),
 }
 
 

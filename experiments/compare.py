@@ -13,9 +13,10 @@ from experiments.curves import (
     Curve,
     Rounds,
     acceptance_curve,
+    by_third,
     interval,
+    length,
     overlap_curve,
-    third_edges,
 )
 from experiments.options import readable
 from experiments.plots import position_figure
@@ -76,7 +77,7 @@ def read(runs: Sequence[str]) -> Arms:
             for name, rounds in conversations.items():
                 arms.setdefault(arm, {}).setdefault(name, rounds)
     lengths = {
-        name: {rounds[-1].position + rounds[-1].num_emitted for rounds in found if rounds}
+        name: {length(rounds) for rounds in found if rounds}
         for name in next(iter(arms.values()), {})
         if all(found := [conversations.get(name, []) for conversations in arms.values()])
     }
@@ -93,8 +94,7 @@ def _by_third(
     made: dict[str, dict[str, list[float]]] = {}
     for arm, conversations in arms.items():
         for name, rounds in conversations.items():
-            length = rounds[-1].position + rounds[-1].num_emitted
-            values = curve(rounds, third_edges(length)).value + curve(rounds, [0, length]).value
+            values = by_third(rounds, curve) + curve(rounds, [0, length(rounds)]).value
             made.setdefault(name, {})[arm] = values
     return made
 

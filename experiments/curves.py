@@ -54,7 +54,7 @@ def gamma_curve(rounds: Rounds, edges: Sequence[int]) -> Curve:
 
 def seconds_curve(rounds: Rounds, edges: Sequence[int]) -> Curve:
     """Seconds since the first round, at the end of each bin; prefill excluded."""
-    end = rounds[-1].position + rounds[-1].num_emitted
+    end = length(rounds)
     return _binned(
         edges,
         lambda low, high: (
@@ -86,14 +86,24 @@ CURVES = {
 }
 
 
-def bin_edges(length: int, width: int) -> list[int]:
-    """0, width, 2 * width, ... up to at least ``length``."""
-    return list(range(0, length + width, width))
+def bin_edges(end: int, width: int) -> list[int]:
+    """0, width, 2 * width, ... up to at least ``end``."""
+    return list(range(0, end + width, width))
 
 
-def third_edges(length: int) -> list[int]:
-    """The borders of the thirds of an output of ``length`` tokens."""
-    return [round(length * i / 3) for i in range(4)]
+def length(rounds: Rounds) -> int:
+    """Generated tokens at the end of the last round."""
+    return rounds[-1].position + rounds[-1].num_emitted
+
+
+def by_third(rounds: Rounds, curve: Callable[[Rounds, Sequence[int]], Curve]) -> list[float]:
+    """``curve`` in each third of the output."""
+    return curve(rounds, third_edges(length(rounds))).value
+
+
+def third_edges(end: int) -> list[int]:
+    """The borders of the thirds of an output of ``end`` tokens."""
+    return [round(end * i / 3) for i in range(4)]
 
 
 def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float, float]:

@@ -8,7 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from experiments.curves import CURVES, Rounds, bin_edges, interval
+from experiments.curves import CURVES, Rounds, bin_edges, interval, length
 
 # Okabe-Ito, one colour an arm in every figure
 COLOURS = {
@@ -44,7 +44,7 @@ def position_figure(
         caption: below the panels: models, settings, seeds, n.
         width: of a bin, in tokens.
     """
-    longest = max(r.position + r.num_emitted for a in arms.values() for c in a.values() for r in c)
+    longest = max(length(c) for a in arms.values() for c in a.values())
     edges = bin_edges(longest, width)
     figure, axes = plt.subplots(
         1, len(quantities), figsize=(5.2 * len(quantities), 4), squeeze=False, layout="constrained"

@@ -8,9 +8,9 @@ from experiments.curves import (
     Curve,
     Rounds,
     acceptance_curve,
+    by_third,
     interval,
     overlap_curve,
-    third_edges,
 )
 from tts.metrics import Summary, summarise
 
@@ -55,8 +55,7 @@ def thirds(
     texts: Mapping[str, Rounds], curve: Callable[[Rounds, Sequence[int]], Curve]
 ) -> list[float]:
     """Mean over conversations of ``curve`` in each third of the output."""
-    values = [curve(r, third_edges(r[-1].position + r[-1].num_emitted)).value
-              for r in texts.values()]  # fmt: skip
+    values = [by_third(rounds, curve) for rounds in texts.values()]
     return [interval(column)[0] for column in zip(*values, strict=True)]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from experiments.arms import build, check_arms
-from experiments.curves import CURVES, ahead_from, bin_edges
+from experiments.curves import CURVES, ahead_from, bin_edges, length
 from experiments.decode import Decoded, OnRound, decode, recorded
 from experiments.live import Live
 from experiments.options import ModelOptions, SpeculationOptions, TextOptions
@@ -142,16 +142,13 @@ class Measured:
             for arm, texts in self._arms.items()
             if any(texts.values())
         }
-        if "static" in self._arms:
-            edges = bin_edges(self._config.max_new_tokens, BIN)
-            ahead = {
-                f"{text}/{arm}": ahead_from(self._arms["static"][text], rounds, edges)
-                for arm, texts in self._arms.items()
-                for text, rounds in texts.items()
-                if arm != "static" and text in self._arms["static"]
-            }
-        else:
-            ahead = {}
+        static, edges = self._arms.get("static", {}), bin_edges(self._config.max_new_tokens, BIN)
+        ahead = {
+            f"{text}/{arm}": ahead_from(static[text], rounds, edges)
+            for arm, texts in self._arms.items()
+            for text, rounds in texts.items()
+            if arm != "static" and text in static
+        }
         pooled = {arm: [r for t in texts.values() for r in t] for arm, texts in self._arms.items()}
         summary = {
             "results": str(self._results.folder),
@@ -164,7 +161,7 @@ class Measured:
             "loops": [f"{s['conversation']}/{s['arm']}" for s in self._samples if s["loops"]],
         }
         if pooled:
-            longest = max(r.position + r.num_emitted for rounds in pooled.values() for r in rounds)
+            longest = max(length(r) for texts in self._arms.values() for r in texts.values())
             summary["curves"] = self._curves(bin_edges(longest, BIN))
             position_figure(
                 self._arms, ("overlap", "acceptance_length", "gamma"),

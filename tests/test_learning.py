@@ -224,6 +224,24 @@ def test_learning_stops_within_its_share_of_time():
     assert summary.num_updates < len(decode(pair, sampled(200)).rounds) / 2
 
 
+@pytest.mark.parametrize("guard", [True, False])
+def test_the_proximal_term_holds_the_adapter_near_the_bare_draft(guard):
+    pair = learnable()
+    moved = []
+    for proximal in (0.0, 100.0):
+        distill = DistillConfig(
+            stride=4, window=8, rank=4, learning_rate=0.01, max_update_share=1.0,
+            proximal=proximal, guard=guard, clip=1e9,
+        )  # fmt: skip
+        decoder = SpeculativeDecoder(pair, policy=make_policy("fixed"), distill=distill)
+        decoder.generate(PROMPT, generation_config=sampled(100))
+        tokens = torch.tensor([TOKENS])
+        with torch.no_grad():
+            live = decoder.coordinator.live(input_ids=tokens).logits
+            moved.append((live - pair.draft(input_ids=tokens).logits).abs().mean())
+    assert moved[1] < 0.8 * moved[0]
+
+
 def test_scope_sequence_forgets_and_scope_session_carries_on():
     pair = learnable()
     for scope, carried in (("sequence", False), ("session", True)):

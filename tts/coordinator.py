@@ -16,7 +16,6 @@ from tts.cached_model import CachedModel
 from tts.distill.config import DistillConfig
 from tts.distill.evidence import Evidence, Rows
 from tts.distill.learner import Learner, Window
-from tts.distill.losses import overlap
 from tts.drafting.protocol import Drafter
 from tts.errors import UserError
 from tts.records import UpdateRecord
@@ -141,7 +140,8 @@ class Coordinator:
             start, end = rows.first - 1, rows.end - 1
             return Window(rows, sequence[start:end], drafter.keys_values(start))
 
-        bare = self._bare(lesson, sequence, rows, temperature) if config.guard else None
+        compared = config.guard or config.proximal > 0
+        bare = self._bare(lesson, sequence, rows, temperature) if compared else None
         drawn = [
             lesson.evidence.draw(config.window, rows.first, learner.random)
             for _ in range(config.replay)
@@ -150,11 +150,10 @@ class Coordinator:
         step = learner.step(windows, temperature, bare)
         event = "skipped" if step.skipped else None
         gain = None
-        if bare is not None:
+        if config.guard and step.bare_overlap is not None:
             # rows that an earlier step has seen say nothing about what it taught
             fresh = slice(max(0, lesson.learned - rows.first), None)
-            shared = overlap(learner.log_p(rows, temperature), bare)
-            gain = float((step.overlap - shared)[fresh].mean())
+            gain = float((step.overlap - step.bare_overlap)[fresh].mean())
             event = self._judge(gain) or event
         learner.adapter.write()
         if config.keys == "recompute":

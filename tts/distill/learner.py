@@ -34,6 +34,7 @@ class Step(NamedTuple):
     loss: float
     grad_norm: float
     overlap: torch.Tensor  # [R] at the newest window's rows, before the step
+    bare_overlap: torch.Tensor | None  # [R] of the bare draft there, if its rows were given
     lost_mass: float  # of the target outside the draft's vocabulary
     skipped: bool  # the loss or a gradient was not finite, and nothing moved
 
@@ -92,7 +93,8 @@ class Learner:
         Args:
             windows: evidence and contexts.
             temperature: at which p and q are compared.
-            log_q_bare: rows of the bare draft for the newest window, for the proximal term.
+            log_q_bare: rows of the bare draft for the newest window, to compare with and for the
+                proximal term.
         """
         config = self.config
         for group in self._optimizer.param_groups:
@@ -116,7 +118,8 @@ class Learner:
         self._optimizer.zero_grad()
         lost_mass = 1 - log_p.exp().sum(-1).mean()
         shared = overlap(log_p, log_q.detach())
-        return Step(float(loss.detach()), float(norm), shared, float(lost_mass), skipped)
+        bare = None if log_q_bare is None else overlap(log_p, log_q_bare)
+        return Step(float(loss.detach()), float(norm), shared, bare, float(lost_mass), skipped)
 
     def log_p(self, rows: Rows, temperature: float) -> torch.Tensor:
         """log p of the draft's ids at ``rows`` `[R, ids]`, not renormalised."""
