@@ -39,6 +39,7 @@ class Sweep(ModelOptions):
     Args:
         path: a file of `tts record`.
         conversations: replay only the first so many (0: all).
+        draft_window: sliding window over the context of the draft that learns (None: all of it).
         distill: the settings that do not vary.
         vary: values by field of ``distill``; all combinations are replayed.
         out: JSON lines file to append to, one line a setting ("": none).
@@ -46,6 +47,7 @@ class Sweep(ModelOptions):
 
     path: str = ""
     conversations: int = 0
+    draft_window: int | None = None
     distill: DistillConfig = field(default_factory=DistillConfig)
     vary: dict[str, list[Any]] = field(default_factory=dict)
     out: str = ""
@@ -90,7 +92,8 @@ def sweep(config: Sweep) -> dict[str, Any]:
         head = pair.target.get_output_embeddings().weight
         coordinator = Coordinator(pair.draft, head, replace(distill, max_update_share=1.0))
         online = {
-            name: replay(pair, blocks, sampling, coordinator) for name, blocks in texts.items()
+            name: replay(pair, blocks, sampling, coordinator, config.draft_window)
+            for name, blocks in texts.items()
         }
         lines.append(
             {"vary": special, "distill": asdict(distill), "thirds": {
@@ -139,13 +142,17 @@ def read(pair: ModelPair, dialogue: RecordedDialogue, sampling: Sampling, size: 
 
 
 def replay(
-    pair: ModelPair, blocks: list[Block], sampling: Sampling, coordinator: Coordinator | None
+    pair: ModelPair,
+    blocks: list[Block],
+    sampling: Sampling,
+    coordinator: Coordinator | None,
+    draft_window: int | None = None,
 ) -> list[float]:
     """Overlap at every generated position, each measured before it was learned from."""
     draft = pair.draft
     if coordinator is not None:
-        draft, lesson = coordinator.live, coordinator.lesson()
-    drafter = AutoregressiveDrafter(draft, pair.target.config.vocab_size)
+        draft, lesson = coordinator.live, coordinator.lesson(draft_window)
+    drafter = AutoregressiveDrafter(draft, pair.target.config.vocab_size, draft_window)
     drafter.begin(lambda columns: Warper(sampling, 0, columns))
     values: list[float] = []
     for block in blocks:

@@ -4,8 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import LlamaModel
 
+from tests import tiny
 from tts.attention import MAX_SHORT_ROWS, attention
+from tts.cached_model import CachedModel
+from tts.llama import straighten
 from tts.packing import PackedLinear, can_pack, pack
 
 
@@ -76,3 +80,39 @@ def test_gradients_go_through_the_plain_weight():
     pack(layer)
     layer(torch.randn(2, 64).bfloat16()).float().sum().backward()
     assert layer[0].weight.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_straight_llama_is_bit_identical(dtype, window):
+    stock = tiny.model("llama3.1").to(dtype)
+    straight = tiny.model("llama3.1").to(dtype)
+    for model in (stock, straight):
+        model.set_attn_implementation("tts")
+    straighten(straight)
+    assert straight.model.forward.__func__ is not LlamaModel.forward
+    said = []
+    for model in (stock, straight):
+        cached = CachedModel(model, window)
+        cached.feed([3, 17, 5, 40, 9])
+        first = cached.feed([7, 8, 9], keep=3)
+        cached.rollback(6)
+        said.append((*first, *cached.feed([11], keep=1), *cached.feed([2, 30], keep=2)))
+    for one, other in zip(*said, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_straight_llama_leaves_the_rest_to_transformers():
+    model = tiny.model("llama3.1")
+    ids = torch.tensor([[3, 17, 5, 40]])
+    with torch.no_grad():
+        expected = model(ids, output_hidden_states=True).hidden_states
+        model.set_attn_implementation("tts")
+        straighten(model)
+        for one, other in zip(
+            model(ids, output_hidden_states=True).hidden_states, expected, strict=True
+        ):
+            torch.testing.assert_close(one, other)
+    model.requires_grad_(True)
+    model(ids).logits.sum().backward()
+    assert model.model.layers[0].mlp.up_proj.weight.grad is not None

@@ -15,6 +15,7 @@ from tts.coordinator import Coordinator
 from tts.distill.config import DistillConfig
 from tts.distill.evidence import Evidence, Rows
 from tts.distill.learner import Learner, Window
+from tts.drafting.autoregressive import AutoregressiveDrafter
 from tts.engine import SpeculativeDecoder
 from tts.errors import UserError
 from tts.state import load_state, save_state
@@ -357,9 +358,29 @@ def test_targets_that_match_nothing_are_refused():
         )
 
 
-def test_a_draft_that_learns_keeps_its_whole_context():
-    with pytest.raises(UserError, match="draft_window"):
-        SpeculativeDecoder(learnable(), policy=make_policy("fixed"), distill=EAGER, draft_window=8)
+@pytest.mark.parametrize("draft_window", [None, 3, 8])
+def test_the_learner_sees_what_the_draft_sees(draft_window):
+    pair = learnable()
+    coordinator = Coordinator(
+        pair.draft, pair.target.get_output_embeddings().weight, DistillConfig(stride=4, window=8)
+    )
+    lesson = coordinator.lesson(draft_window)
+    drafter = AutoregressiveDrafter(coordinator.live, pair.target.config.vocab_size, draft_window)
+    sequence = [*PROMPT[0].tolist(), *TOKENS]
+    drafter.prefill(sequence)
+    said = pair.target(torch.tensor([sequence]), output_hidden_states=True)
+    first = len(sequence) - 8
+    rows = Rows(
+        first,
+        said.hidden_states[-1][0, first - 1 : -1],
+        said.logits[0, first - 1 : -1].logsumexp(-1),
+    )
+    coordinator.observe(lesson, rows, True, 1e9)
+    steps = []
+    step = coordinator.learner.step
+    coordinator.learner.step = lambda *args: steps.append(step(*args)) or steps[-1]
+    assert coordinator.update(lesson, sequence, len(sequence), drafter, 1.0)
+    torch.testing.assert_close(steps[0].overlap, steps[0].bare_overlap)
 
 
 @pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != "llama3.1"])

@@ -69,17 +69,18 @@ class RollbackLayer(CacheLayerMixin):
         self.length = length
 
     def keys_values(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of the first ``length`` positions."""
+        """Copies of those of the first ``length`` positions that the next position sees."""
         assert self._keys is not None
         assert self._values is not None
-        return self._keys[:, :, :length].clone(), self._values[:, :, :length].clone()
+        start = _first_visible(length, self.window)
+        return self._keys[:, :, start:length].clone(), self._values[:, :, start:length].clone()
 
     def get_seq_length(self) -> int:
         return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(visible keys, first visible position) of a block of ``query_length`` rows."""
-        start = 0 if self.window is None else max(0, self.length + 1 - self.window)
+        start = _first_visible(self.length, self.window)
         return self.length + query_length - start, start
 
     def get_max_length(self) -> int:
@@ -121,7 +122,7 @@ class RollbackCache(Cache):
                 layer.rollback(length)
 
     def keys_values(self, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Copies of the first ``length`` positions of every layer, all of them attention layers."""
+        """Of every layer, all of them attention layers; see `RollbackLayer.keys_values`."""
         return [layer.keys_values(length) for layer in self.layers]
 
     def snapshot(self) -> list[dict[str, Any]]:
@@ -145,6 +146,27 @@ class RollbackCache(Cache):
 
 
 _FLAGS = ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state")
+
+
+def window_mask(window: int | None, first: int, rows: int) -> torch.Tensor | None:
+    """Which visible keys each row of a block sees, boolean `[1, 1, rows, keys]`.
+
+    None where the plain causal mask says the same: a single row, or a block that no window cuts.
+
+    Args:
+        window: positions a row sees, itself included (None: all).
+        first: position of the block's first row.
+        rows: of the block.
+    """
+    if window is None or rows == 1 or first + rows <= window:
+        return None
+    query = torch.arange(first, first + rows)[:, None]
+    key = torch.arange(_first_visible(first, window), first + rows)[None]
+    return ((key <= query) & (key > query - window))[None, None]
+
+
+def _first_visible(position: int, window: int | None) -> int:
+    return 0 if window is None else max(0, position + 1 - window)
 
 
 def _clone(state: torch.Tensor | None) -> torch.Tensor | None:

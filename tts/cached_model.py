@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from tts.cache import RollbackCache
+from tts.cache import RollbackCache, window_mask
 
 CHUNK = 512  # a long prompt is fed in pieces, which bounds the attention mask
 
@@ -48,10 +48,11 @@ class CachedModel:
         rows = len(tokens)
         device = self.model.device
         reduced = {} if self.columns is None else {"full_width": False}
+        mask = window_mask(self.cache.window, self.length, rows)
         with HeadInput(self.model) as head:
             output = self.model(
                 input_ids=torch.tensor([tokens], device=device),
-                attention_mask=self._window_mask(rows),
+                attention_mask=None if mask is None else mask.to(device),
                 past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=keep,
@@ -87,17 +88,6 @@ class CachedModel:
         self.length, self._since_mark = self._mark, []
         if replay:
             self.feed(replay)
-
-    def _window_mask(self, rows: int) -> torch.Tensor | None:
-        """Boolean `[1, 1, rows, keys]` for a block that a window cuts, else None."""
-        window = self.cache.window
-        if window is None or rows == 1 or self.length + rows <= window:
-            return None
-        start = max(0, self.length + 1 - window)
-        query = torch.arange(self.length, self.length + rows)[:, None]
-        key = torch.arange(start, self.length + rows)[None]
-        mask = (key <= query) & (key > query - window)
-        return mask[None, None].to(self.model.device)
 
 
 class HeadInput:

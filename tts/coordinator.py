@@ -77,13 +77,13 @@ class Coordinator:
         """Whether the live draft differs from the bare one."""
         return self.learner.taught
 
-    def lesson(self) -> Lesson:
+    def lesson(self, draft_window: int | None = None) -> Lesson:
         """A sequence begins; under scope ``sequence`` everything learned before is dropped."""
         if self.config.scope == "sequence" and self.learner.adapter.version:
             self.learner.reset()
             self.learner.adapter.write()
             self._gain, self._best, self._good, self._updates, self._patience = 0.0, 0.0, None, 0, 1
-        return Lesson(Evidence(self.config.capacity), CachedModel(self._draft))
+        return Lesson(Evidence(self.config.capacity), CachedModel(self._draft, draft_window))
 
     def observe(self, lesson: Lesson, rows: Rows, drafted: bool, round_ms: float) -> None:
         """Take in the on-path rows of a round and what the round cost."""
@@ -138,7 +138,8 @@ class Coordinator:
 
         def window(rows: Rows) -> Window:
             start, end = rows.first - 1, rows.end - 1
-            return Window(rows, sequence[start:end], drafter.keys_values(start))
+            prefix = drafter.keys_values(start)
+            return Window(rows, sequence[start:end], prefix, lesson.bare.cache.window)
 
         compared = config.guard or config.proximal > 0
         bare = self._bare(lesson, sequence, rows, temperature) if compared else None

@@ -123,8 +123,6 @@ class SpeculativeDecoder:
             raise UserError(f"draft_window: {draft_window} sees nothing: use at least 1, or none")
         self.pair, self.policy, self.acceptance = pair, policy, acceptance
         self._draft_window = draft_window
-        if distill is not None and draft_window is not None:
-            raise UserError("draft_window: a draft that learns keeps its whole context: unset it")
         self.coordinator = None if distill is None else _coordinator(pair, distill)
         text = pair.target.config.get_text_config()
         self._context: int = text.max_position_embeddings
@@ -134,7 +132,7 @@ class SpeculativeDecoder:
         """Empty caches for a sequence; hand it to `generate` again to extend the sequence."""
         draft, lesson = self.pair.draft, None
         if self.coordinator is not None:
-            draft, lesson = self.coordinator.live, self.coordinator.lesson()
+            draft, lesson = self.coordinator.live, self.coordinator.lesson(self._draft_window)
         drafter = AutoregressiveDrafter(draft, self._vocab_size, self._draft_window)
         return Session(CachedModel(self.pair.target), drafter, lesson)
 

@@ -26,6 +26,7 @@ from transformers import (
 import tts.attention  # noqa: F401  registers the attention implementation "tts"
 from tts.drafting import reduced
 from tts.errors import UserError
+from tts.llama import straighten
 from tts.packing import pack
 from tts.vocabulary import check_same_ids, fingerprint
 
@@ -72,7 +73,7 @@ def load_pair(
         draft: local folder or hub id; None takes the draft shipped for a packaged target.
         dtype: ``bfloat16``, ``float16`` or ``float32``, for both.
         device: ``cpu``, ``cuda``, ``cuda:1``, ...
-        stock: load as transformers does, without `tts.attention` and `tts.packing`.
+        stock: load as transformers does, without `tts.attention`, `tts.llama` and `tts.packing`.
 
     Raises:
         UserError: unknown dtype or device, a model that is not there, or a draft whose ids differ.
@@ -104,8 +105,8 @@ def load_pair(
         else _load(draft_folder, "draft", dtype, device, attention)
     )
     if not stock:
-        pack(model)
-        pack(small)
+        _quicken(model)
+        _quicken(small)
     return ModelPair(model, small, tokenizer, f"{target}+{draft}")
 
 
@@ -116,8 +117,13 @@ def load_target(
     check_device(dtype, device)
     folder = _resolve(target, "target")
     model = _load(folder, "target", dtype, device, "tts")
-    pack(model)
+    _quicken(model)
     return model, _tokenizer(folder, "target")
+
+
+def _quicken(model: PreTrainedModel) -> None:
+    pack(model)
+    straighten(model)
 
 
 def check_device(dtype: str, device: str) -> None:

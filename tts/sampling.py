@@ -104,35 +104,36 @@ class Warper:
         if sampling.temperature == 0:
             best = scores.argmax(-1, keepdim=True)
             return Distribution(columns[best], torch.ones_like(best, dtype=torch.float32))
-        scores = scores / sampling.temperature
+        whole = (scores / sampling.temperature).softmax(-1)
         if not sampling.truncates:
-            return Distribution(columns.expand(len(scores), -1), scores.softmax(-1))
-        size = min(scores.shape[1], max(CANDIDATES, 2 * sampling.top_k))
+            return Distribution(columns.expand(len(whole), -1), whole)
+        size = min(whole.shape[1], max(CANDIDATES, 2 * sampling.top_k))
         while True:
-            values, indices = scores.topk(size)
-            kept = self._kept(values, scores)
-            if size == scores.shape[1] or not kept[:, -1].any():
+            probs, indices = whole.topk(size)
+            kept = self._kept(probs)
+            if size == whole.shape[1] or not kept[:, -1].any():
                 break
-            size = min(16 * size, scores.shape[1])
+            size = min(16 * size, whole.shape[1])
         width = int(kept.sum(-1).max())
-        probs = values.masked_fill(~kept, float("-inf"))[:, :width].softmax(-1)
-        return Distribution(columns[indices[:, :width]], probs)
+        probs = (probs * kept)[:, :width]
+        return Distribution(columns[indices[:, :width]], probs / probs.sum(-1, keepdim=True))
 
-    def _kept(self, values: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Which of the descending ``values`` [rows, n] survive top-k, top-p and min-p."""
+    def _kept(self, probs: torch.Tensor) -> torch.Tensor:
+        """Which of the descending ``probs`` [rows, n] survive top-k, top-p and min-p."""
         sampling = self._sampling
-        kept = torch.ones_like(values, dtype=torch.bool)
+        kept = torch.ones_like(probs, dtype=torch.bool)
         if sampling.top_k:
-            kept &= values >= values[:, min(sampling.top_k, values.shape[1]) - 1, None]
+            kept &= probs >= probs[:, min(sampling.top_k, probs.shape[1]) - 1, None]
         if sampling.top_p < 1:
-            whole = values.masked_fill(~kept, float("-inf")) if sampling.top_k else scores
-            probs = (values - whole.logsumexp(-1, keepdim=True)).exp() * kept
-            inside = probs.cumsum(-1) - probs < sampling.top_p
+            left = probs * kept
+            mass = left.cumsum(-1)
+            bound = sampling.top_p * (mass[:, -1:] if sampling.top_k else 1)
+            inside = mass - left < bound
             inside[:, 0] = True
-            last = values.gather(1, inside.sum(-1, keepdim=True) - 1)
-            kept &= values >= last
+            last = probs.gather(1, inside.sum(-1, keepdim=True) - 1)
+            kept &= probs >= last
         if sampling.min_p:
-            kept &= (values - values[:, :1]).exp() >= sampling.min_p
+            kept &= probs >= sampling.min_p * probs[:, :1]
         return kept
 
     def _penalised(

@@ -11,6 +11,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from transformers import DynamicCache, PreTrainedModel
 
+from tts.cache import window_mask
 from tts.distill.adapter import Adapter
 from tts.distill.config import DistillConfig
 from tts.distill.evidence import Rows
@@ -25,7 +26,8 @@ class Window(NamedTuple):
 
     rows: Rows
     tokens: list[int]  # one a row: the token before the one that the row predicts
-    prefix: Prefix  # the draft's keys and values of all tokens before those
+    prefix: Prefix  # the draft's keys and values of the tokens before those
+    sight: int | None = None  # positions that the draft sees (None: all)
 
 
 class Step(NamedTuple):
@@ -137,8 +139,12 @@ class Learner:
         for layer, (keys, values) in enumerate(window.prefix):
             cache.update(keys, values, layer)
         reduced = {"full_width": False} if hasattr(model, "draft_ids") else {}
+        first, rows = window.rows.first - 1, len(window.tokens)
+        mask = window_mask(window.sight, first, rows)
         output = model(
             input_ids=torch.tensor([window.tokens], device=model.device),
+            attention_mask=None if mask is None else mask.to(model.device),
+            position_ids=torch.arange(first, first + rows, device=model.device)[None],
             past_key_values=cache,
             use_cache=True,
             **reduced,
