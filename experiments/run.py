@@ -44,7 +44,7 @@ class Run(ModelOptions, TextOptions, SpeculationOptions):
     path: str = ""
     results: str = "results"
     run_id: str = ""
-    wandb: str = "disabled"
+    wandb: str = "offline"
 
     def __post_init__(self) -> None:
         TextOptions.__post_init__(self)

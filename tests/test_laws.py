@@ -8,6 +8,7 @@ from scipy.stats import chisquare
 from transformers import GenerationConfig
 
 from tests import tiny
+from tts.distill.config import DistillConfig
 from tts.drafting.autoregressive import AutoregressiveDrafter
 from tts.drafting.protocol import Proposal
 from tts.engine import SpeculativeDecoder
@@ -84,6 +85,14 @@ def honest(pair):
     return SpeculativeDecoder(pair, policy=Mixed(), acceptance="rejection")
 
 
+def learning(pair):
+    """The draft changes after every round, within three tokens and anew for each sample."""
+    distill = DistillConfig(
+        stride=1, window=3, capacity=8, rank=2, learning_rate=0.1, guard=False, max_update_share=1
+    )
+    return SpeculativeDecoder(pair, policy=Mixed(), acceptance="rejection", distill=distill)
+
+
 class DropsUnsure(AutoregressiveDrafter):
     """Planted error: an unsure last token is taken back after it was drawn."""
 
@@ -130,6 +139,19 @@ def test_rejection_keeps_the_law_of_the_first_three_tokens():
 @pytest.mark.slow
 def test_rejection_keeps_the_law_with_many_samples():
     assert p_value(small_pair(), 20000, honest) > ALPHA
+
+
+def test_rejection_keeps_the_law_while_the_draft_learns():
+    pair = small_pair()
+    decoder, prompt = learning(pair), torch.tensor([PROMPT])
+    texts = [decoder.generate(prompt, generation_config=CONFIG, seed=seed) for seed in range(9)]
+    assert any(r.adapted for text in texts for r in text.rounds)
+    assert p_value(pair, 500, learning) > ALPHA
+
+
+@pytest.mark.slow
+def test_rejection_keeps_the_law_while_the_draft_learns_with_many_samples():
+    assert p_value(small_pair(), 4000, learning) > ALPHA
 
 
 @pytest.mark.parametrize("drafter", [DropsUnsure, StaleQ])

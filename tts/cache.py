@@ -68,12 +68,11 @@ class RollbackLayer(CacheLayerMixin):
         """Forget every position from ``length`` on."""
         self.length = length
 
-    def keys_values(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of those of the first ``length`` positions that the next position sees."""
+    def keys_values(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of positions ``start`` to ``end``."""
         assert self._keys is not None
         assert self._values is not None
-        start = _first_visible(length, self.window)
-        return self._keys[:, :, start:length].clone(), self._values[:, :, start:length].clone()
+        return self._keys[:, :, start:end].clone(), self._values[:, :, start:end].clone()
 
     def get_seq_length(self) -> int:
         return self.length
@@ -122,8 +121,9 @@ class RollbackCache(Cache):
                 layer.rollback(length)
 
     def keys_values(self, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Of every layer, all of them attention layers; see `RollbackLayer.keys_values`."""
-        return [layer.keys_values(length) for layer in self.layers]
+        """Of every layer, copies of those of the first ``length`` positions in the window."""
+        start = _first_visible(length, self.window)
+        return [layer.keys_values(start, length) for layer in self.layers]
 
     def snapshot(self) -> list[dict[str, Any]]:
         """Copies of all recurrent states; a few hundred kilobytes, independent of the context."""

@@ -61,10 +61,14 @@ class Coordinator:
         self._wall_ms = self._spent_ms = 0.0
         self._expected_ms = 0.0  # of an update
         self._drafting = 1.0  # recent share of rounds that drafted
+        self._forget()
+
+    def _forget(self) -> None:
+        """How the adapter did is of no account any more."""
         self._gain = self._best = 0.0  # smoothed overlap over the bare draft's
         self._good: dict[str, torch.Tensor] | None = None  # the adapter at its best
         self._updates = 0
-        self._patience = 1
+        self._patience = 1  # strides between two updates
 
     @property
     def live(self) -> PreTrainedModel:
@@ -82,7 +86,7 @@ class Coordinator:
         if self.config.scope == "sequence" and self.learner.adapter.version:
             self.learner.reset()
             self.learner.adapter.write()
-            self._gain, self._best, self._good, self._updates, self._patience = 0.0, 0.0, None, 0, 1
+            self._forget()
         return Lesson(Evidence(self.config.capacity), CachedModel(self._draft, draft_window))
 
     def observe(self, lesson: Lesson, rows: Rows, drafted: bool, round_ms: float) -> None:
@@ -142,7 +146,9 @@ class Coordinator:
             return Window(rows, sequence[start:end], prefix, lesson.bare.cache.window)
 
         compared = config.guard or config.proximal > 0
-        bare = self._bare(lesson, sequence, rows, temperature) if compared else None
+        # rows that an earlier step has seen say nothing about what it taught
+        fresh = max(rows.first, lesson.learned)
+        bare = self._bare(lesson, sequence, fresh, rows.end, temperature) if compared else None
         drawn = [
             lesson.evidence.draw(config.window, rows.first, learner.random)
             for _ in range(config.replay)
@@ -152,9 +158,7 @@ class Coordinator:
         event = "skipped" if step.skipped else None
         gain = None
         if config.guard and step.bare_overlap is not None:
-            # rows that an earlier step has seen say nothing about what it taught
-            fresh = slice(max(0, lesson.learned - rows.first), None)
-            gain = float((step.overlap - step.bare_overlap)[fresh].mean())
+            gain = float((step.overlap[fresh - rows.first :] - step.bare_overlap).mean())
             event = self._judge(gain) or event
         learner.adapter.write()
         if config.keys == "recompute":
@@ -171,12 +175,12 @@ class Coordinator:
         )
 
     def _bare(
-        self, lesson: Lesson, sequence: list[int], rows: Rows, temperature: float
+        self, lesson: Lesson, sequence: list[int], first: int, end: int, temperature: float
     ) -> torch.Tensor:
-        """log q of the bare draft at ``rows``, on keys of its own."""
+        """log q of the bare draft for positions ``first`` to ``end``, on keys of its own."""
         bare = lesson.bare
-        bare.rollback(min(bare.length, rows.first - 1))
-        fed = bare.feed(sequence[bare.length : rows.end - 1], keep=len(rows))
+        bare.rollback(min(bare.length, first - 1))
+        fed = bare.feed(sequence[bare.length : end - 1], keep=end - first)
         return self.learner.normalised(fed.logits, temperature)
 
     def _judge(self, gain: float) -> str | None:
@@ -189,10 +193,9 @@ class Coordinator:
         if self._gain >= TOLERANCE and self._gain >= self._best:
             self._best, self._good = self._gain, learner.adapter.snapshot()
         elif self._gain < -TOLERANCE:
-            good, self._good = self._good, None
+            good = self._good
             learner.restart(good)
-            self._gain = self._best = 0.0
-            self._updates = 0
+            self._forget()
             return "reset" if good is None else "restored"
         if self._gain < WORTHWHILE:
             self._patience = RARER

@@ -36,7 +36,7 @@ class Step(NamedTuple):
     loss: float
     grad_norm: float
     overlap: torch.Tensor  # [R] at the newest window's rows, before the step
-    bare_overlap: torch.Tensor | None  # [R] of the bare draft there, if its rows were given
+    bare_overlap: torch.Tensor | None  # [F] of the bare draft at the last of them, if given
     lost_mass: float  # of the target outside the draft's vocabulary
     skipped: bool  # the loss or a gradient was not finite, and nothing moved
 
@@ -95,8 +95,8 @@ class Learner:
         Args:
             windows: evidence and contexts.
             temperature: at which p and q are compared.
-            log_q_bare: rows of the bare draft for the newest window, to compare with and for the
-                proximal term.
+            log_q_bare: the bare draft's last F rows of the newest window, to compare with and for
+                the proximal term.
         """
         config = self.config
         for group in self._optimizer.param_groups:
@@ -109,7 +109,8 @@ class Learner:
             loss = torch.stack([LOSSES[config.loss](*pair).mean() for pair in compared]).mean()
             log_p, log_q = compared[0]
             if log_q_bare is not None and config.proximal:
-                loss = loss + config.proximal * forward_kl(log_q_bare, log_q).mean()
+                near = forward_kl(log_q_bare, log_q[-len(log_q_bare) :]).mean()
+                loss = loss + config.proximal * near
             loss.backward()
         norm = clip_grad_norm_(self.adapter.parameters().values(), config.clip)
         skipped = not bool(torch.isfinite(norm) & torch.isfinite(loss))
@@ -120,7 +121,7 @@ class Learner:
         self._optimizer.zero_grad()
         lost_mass = 1 - log_p.exp().sum(-1).mean()
         shared = overlap(log_p, log_q.detach())
-        bare = None if log_q_bare is None else overlap(log_p, log_q_bare)
+        bare = None if log_q_bare is None else overlap(log_p[-len(log_q_bare) :], log_q_bare)
         return Step(float(loss.detach()), float(norm), shared, bare, float(lost_mass), skipped)
 
     def log_p(self, rows: Rows, temperature: float) -> torch.Tensor:

@@ -59,7 +59,10 @@ class Drafter(Protocol):
         ...
 
     def keys_values(self, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Copies of the cached keys and values of the first ``length`` tokens, layer by layer."""
+        """Copies of the cached keys and values of the first ``length`` tokens, layer by layer.
+
+        Under a sliding window, only of those that the token after them sees.
+        """
         ...
 
     def recompute(self, sequence: list[int], count: int) -> None:
