@@ -23,6 +23,7 @@ ARMS = {
     "static": Arm(),
     "window": Arm(window=True),
     "draft": Arm(draft=True),
+    "draft_window": Arm(draft=True, window=True),
     "gamma": Arm(gamma=True),
     "both": Arm(draft=True, gamma=True),
 }

@@ -93,7 +93,7 @@ class SpeculationOptions:
         acceptance: greedy, rejection or coupled.
         policy: who chooses gamma (`controllers.POLICIES`).
         gamma: speculation length of the fixed policy.
-        window: sliding window of the arm ``window`` over the draft's context.
+        window: sliding window over the draft's context, of the arms ``window``, ``draft_window``.
         distill: how the draft learns in the arms that let it.
         draft_updates: False: no arm's draft learns.
         gamma_updates: False: no arm's gamma MLP learns; it stays as it was shipped.
@@ -102,7 +102,7 @@ class SpeculationOptions:
     acceptance: str = "coupled"
     policy: str = "fixed"
     gamma: int = 4
-    window: int = 512
+    window: int = 256
     distill: DistillConfig = field(default_factory=DistillConfig)
     draft_updates: bool = True
     gamma_updates: bool = True

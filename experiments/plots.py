@@ -16,6 +16,7 @@ COLOURS = {
     "static": "#0072B2",
     "window": "#56B4E9",
     "draft": "#D55E00",
+    "draft_window": "#E69F00",
     "gamma": "#009E73",
     "both": "#CC79A7",
 }

@@ -159,7 +159,7 @@ def replay(
         q = drafter.catch_up(block.sequence, len(block.rows))
         values += overlap(block.p, q).tolist()
         if coordinator is not None:
-            coordinator.observe(lesson, block.rows, True, 1e9)
+            coordinator.observe(lesson, block.rows, True, 0.0)
             coordinator.update(
                 lesson, block.sequence, len(block.sequence), drafter, sampling.temperature or 1.0
             )

@@ -24,7 +24,7 @@ SMOOTHING = 0.85  # of the gain, an update's weight among those before
 WARM = 4  # updates before the guard judges
 TOLERANCE = 0.005  # overlap that the adapter may lose against the bare draft
 WORTHWHILE = 0.005  # overlap gained below which updates become rarer
-RARER = 4  # at most so many times the stride
+RARER = 2  # times the stride, then
 IDLE_SHARE = 0.25  # of the allowed time, where no tokens are drafted
 
 
@@ -114,8 +114,9 @@ class Coordinator:
         """
         if lesson.evidence.since(lesson.learned) < self.config.stride * self._patience:
             return None
-        share = self.config.max_update_share * max(IDLE_SHARE, self._drafting)
-        if self._spent_ms + self._expected_ms > share * self._wall_ms:
+        share = self.config.max_update_share
+        allowed_ms = share * max(IDLE_SHARE, self._drafting) * self._wall_ms
+        if share < 1 and self._spent_ms + self._expected_ms > allowed_ms:
             return None
         began = time.perf_counter()
         rows = lesson.evidence.window(self.config.window, settled)

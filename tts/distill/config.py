@@ -30,7 +30,8 @@ class DistillConfig:
         proximal: weight of KL(bare draft || draft), which holds the adapter near nothing.
         capacity: positions of evidence that are kept.
         guard: compare with the bare draft, and take back what loses against it.
-        max_update_share: of wall time, for everything that learning costs.
+        max_update_share: of wall time, for everything that learning costs; 1 sets no limit, so that
+            the schedule depends on the text alone.
         scope: ``sequence`` starts anew with every sequence, ``session`` carries on.
         keys: what becomes of the draft's cached keys after a step: ``keep`` them as they are, or
             ``recompute`` those of the newest ``window`` positions.
@@ -48,7 +49,7 @@ class DistillConfig:
     )  # fmt: skip
     layers: tuple[int, ...] | None = None
     stride: int = 32
-    window: int = 64
+    window: int = 32
     replay: int = 0
     warmup: int = 0
     clip: float = 1.0
