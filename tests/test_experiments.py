@@ -41,7 +41,7 @@ def tts(models, tmp_path, capsys):
             common += [f"--workload={models / 'talk.json'}", "--max-new-tokens=40",
                        "--turn-tokens=20", "--conversations=0"]  # fmt: skip
         if verb == "run":
-            common.append(f"--results={tmp_path / 'results'}")
+            common += [f"--results={tmp_path / 'results'}", "--wandb=disabled"]
         code = main([verb, *common, *flags])
         out, err = capsys.readouterr()
         return code, out, err
@@ -50,14 +50,16 @@ def tts(models, tmp_path, capsys):
 
 
 def test_a_run_writes_everything_and_runs_again_from_its_config(tts, tmp_path):
-    code, out, _ = tts("run", "--arms=[static,window,target]", "--run-id=one", "--window=8")
+    code, out, _ = tts(
+        "run", "--arms=[static,window,target]", "--run-id=one", "--window=8", "--wandb=offline"
+    )
     assert code == 0
     folder = tmp_path / "results" / "run" / "one"
     last = json.loads(out.strip().splitlines()[-1])
     assert last["status"] == "finished"
     assert {f.name for f in folder.iterdir()} == {
         "config.yaml", "command.txt", "metrics.jsonl", "samples.jsonl", "summary.json",
-        "acceptance_vs_position.png", "acceptance_vs_position.pdf",
+        "acceptance_vs_position.png", "acceptance_vs_position.pdf", "wandb",
     }  # fmt: skip
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     texts = {}
