@@ -6,7 +6,7 @@ from controllers import make_policy
 from experiments.options import SpeculationOptions
 from tts.engine import SpeculativeDecoder
 from tts.errors import UserError
-from tts.models import ModelPair
+from tts.models import PROMPT_LOOKUP, ModelPair
 
 
 class Arm(NamedTuple):
@@ -47,12 +47,14 @@ def build(name: str, pair: ModelPair, options: SpeculationOptions) -> Speculativ
     )
 
 
-def check_arms(names: tuple[str, ...]) -> None:
-    """Raise UserError for no arm, an unknown one, or one twice."""
+def check_arms(names: tuple[str, ...], draft: str | None) -> None:
+    """Raise UserError for no arm, an unknown one, one twice, or one that ``draft`` cannot do."""
     if not names:
         raise UserError(f"arms: none given: choose from {', '.join(ARMS)}")
     for name in names:
         if name not in ARMS:
             raise UserError(f"arms: {name!r} is not one of {', '.join(ARMS)}")
+        if ARMS[name].draft and draft == PROMPT_LOOKUP:
+            raise UserError(f"arms: {name} needs a draft that learns, {draft} copies: leave it out")
     if len(set(names)) < len(names):
         raise UserError(f"arms: {', '.join(names)} names one twice")

@@ -19,7 +19,7 @@ class ModelOptions:
 
     Args:
         target: alias of a packaged model, local folder, or hub id.
-        draft: folder or hub id; None takes the draft shipped for a packaged target.
+        draft: folder, hub id or prompt_lookup; None takes the draft shipped for a packaged target.
         dtype: bfloat16, float16 or float32.
         device: cpu or cuda.
     """

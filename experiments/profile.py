@@ -44,7 +44,7 @@ def profile(config: Profile) -> dict[str, Any]:
     draft: dict[int, float] = {}
     for context in config.contexts:
         verify[context] = _passes(CachedModel(pair.target), context, config.rows, config.repeats)
-        draft[context] = _passes(CachedModel(pair.draft), context, (1,), config.repeats)[1]
+        draft[context] = _passes(CachedModel(pair.draft_model), context, (1,), config.repeats)[1]
     floor_ms = 1000 * weight_bytes(pair) / bandwidth
     summary = {
         "bandwidth_gb_s": bandwidth / 1e9,

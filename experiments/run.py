@@ -49,7 +49,7 @@ class Run(ModelOptions, TextOptions, SpeculationOptions):
     def __post_init__(self) -> None:
         TextOptions.__post_init__(self)
         SpeculationOptions.__post_init__(self)
-        check_arms(self.arms)
+        check_arms(self.arms, self.draft)
         if self.wandb not in MODES:
             raise UserError(f"wandb: {self.wandb!r} is not one of {', '.join(MODES)}")
 

@@ -90,7 +90,7 @@ def sweep(config: Sweep) -> dict[str, Any]:
     lines = []
     for special, distill in track(settings, "replaying"):
         head = pair.target.get_output_embeddings().weight
-        coordinator = Coordinator(pair.draft, head, replace(distill, max_update_share=1.0))
+        coordinator = Coordinator(pair.draft_model, head, replace(distill, max_update_share=1.0))
         online = {
             name: replay(pair, blocks, sampling, coordinator, config.draft_window)
             for name, blocks in texts.items()
@@ -149,7 +149,7 @@ def replay(
     draft_window: int | None = None,
 ) -> list[float]:
     """Overlap at every generated position, each measured before it was learned from."""
-    draft = pair.draft
+    draft = pair.draft_model
     if coordinator is not None:
         draft, lesson = coordinator.live, coordinator.lesson(draft_window)
     drafter = AutoregressiveDrafter(draft, pair.target.config.vocab_size, draft_window)

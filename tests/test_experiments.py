@@ -129,6 +129,7 @@ def test_a_recorded_path_is_what_later_runs_commit(tts, tmp_path):
         (["--arms=[other]"], "arms: 'other'"),
         (["--window=0"], "window: 0"),
         (["--wandb=perhaps"], "wandb: 'perhaps'"),
+        (["--draft=prompt_lookup"], "arms: draft needs a draft that learns"),
         (["--workload={long}"], "context"),
         (["--gamme=3"], "gamme"),
         (["--gamma=three"], "gamma"),

@@ -16,7 +16,7 @@ from tts.cached_model import CachedModel
 from tts.distill.config import DistillConfig
 from tts.distill.evidence import Evidence, Rows
 from tts.distill.learner import Learner, Window
-from tts.drafting.protocol import Drafter
+from tts.drafting.protocol import TrainableDrafter
 from tts.errors import UserError
 from tts.records import UpdateRecord
 
@@ -100,7 +100,7 @@ class Coordinator:
         lesson: Lesson,
         sequence: list[int],
         settled: int,
-        drafter: Drafter,
+        drafter: TrainableDrafter,
         temperature: float,
     ) -> UpdateRecord | None:
         """Judge and learn if it is time to; the draft must not change otherwise.
@@ -136,7 +136,7 @@ class Coordinator:
         lesson: Lesson,
         sequence: list[int],
         rows: Rows,
-        drafter: Drafter,
+        drafter: TrainableDrafter,
         temperature: float,
     ) -> UpdateRecord:
         learner, config = self.learner, self.config

@@ -8,7 +8,7 @@ result.summary().mean_acceptance_length
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import (
@@ -24,8 +24,8 @@ from tts.cached_model import CachedModel, Rows
 from tts.custom_generate import check_handover, own_criteria
 from tts.distill.config import DistillConfig
 from tts.distill.evidence import Rows as Evidence
-from tts.drafting.autoregressive import AutoregressiveDrafter
-from tts.drafting.protocol import Drafter, Proposal
+from tts.drafting import Draft, make_drafter
+from tts.drafting.protocol import Drafter, Proposal, TrainableDrafter
 from tts.errors import UserError
 from tts.metrics import Summary, summarise
 from tts.models import ModelPair
@@ -130,10 +130,11 @@ class SpeculativeDecoder:
 
     def session(self) -> Session:
         """Empty caches for a sequence; hand it to `generate` again to extend the sequence."""
-        draft, lesson = self.pair.draft, None
+        draft: Draft = self.pair.draft
+        lesson = None
         if self.coordinator is not None:
             draft, lesson = self.coordinator.live, self.coordinator.lesson(self._draft_window)
-        drafter = AutoregressiveDrafter(draft, self._vocab_size, self._draft_window)
+        drafter = make_drafter(draft, self._vocab_size, self._draft_window)
         return Session(CachedModel(self.pair.target), drafter, lesson)
 
     def generate(
@@ -332,7 +333,7 @@ class SpeculativeDecoder:
             session.lesson,
             session.sequence,
             len(session.sequence) - len(session.pending),
-            session.drafter,
+            cast(TrainableDrafter, session.drafter),  # else there were no coordinator
             run.temperature,
         )
 
@@ -387,4 +388,4 @@ def _settle(session: Session, late: Distribution | None) -> list[tuple[int, floa
 def _coordinator(pair: ModelPair, config: DistillConfig) -> "Coordinator":
     from tts.coordinator import Coordinator  # PEFT takes seconds to load
 
-    return Coordinator(pair.draft, pair.target.get_output_embeddings().weight, config)
+    return Coordinator(pair.draft_model, pair.target.get_output_embeddings().weight, config)

@@ -24,12 +24,13 @@ from transformers import (
 )
 
 import tts.attention  # noqa: F401  registers the attention implementation "tts"
-from tts.drafting import reduced
+from tts.drafting import Draft, PromptLookup, reduced
 from tts.errors import UserError
 from tts.llama import straighten
 from tts.packing import pack
 from tts.vocabulary import check_same_ids, fingerprint
 
+PROMPT_LOOKUP = "prompt_lookup"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -53,9 +54,22 @@ class ModelPair(NamedTuple):
     """A target, the draft that speculates for it, and their common tokenizer."""
 
     target: PreTrainedModel
-    draft: PreTrainedModel
+    draft: Draft
     tokenizer: PreTrainedTokenizerBase
     name: str  # as the user gave them: "target+draft"
+
+    @property
+    def draft_model(self) -> PreTrainedModel:
+        """The draft, where only a model will do.
+
+        Raises:
+            UserError: if it is none, and so has nothing to train or to time.
+        """
+        if isinstance(self.draft, PromptLookup):
+            raise UserError(
+                f"draft: {PROMPT_LOOKUP} copies and is no model: give a draft that can be trained"
+            )
+        return self.draft
 
 
 def load_pair(
@@ -70,7 +84,8 @@ def load_pair(
 
     Args:
         target: alias of a packaged model, local folder, or hub id.
-        draft: local folder or hub id; None takes the draft shipped for a packaged target.
+        draft: local folder or hub id, or ``prompt_lookup`` for no model at all; None takes the
+            draft shipped for a packaged target.
         dtype: ``bfloat16``, ``float16`` or ``float32``, for both.
         device: ``cpu``, ``cuda``, ``cuda:1``, ...
         stock: load as transformers does, without `tts.attention`, `tts.llama` and `tts.packing`.
@@ -86,8 +101,15 @@ def load_pair(
             )
         draft = str(PACKAGED[target].draft)
     check_device(dtype, device)
-    target_folder, draft_folder = _resolve(target, "target"), _resolve(draft, "draft")
+    target_folder = _resolve(target, "target")
     tokenizer = _tokenizer(target_folder, "target")
+    attention = "sdpa" if stock else "tts"
+    if draft == PROMPT_LOOKUP:
+        model = _load(target_folder, "target", dtype, device, attention)
+        if not stock:
+            _quicken(model)
+        return ModelPair(model, PromptLookup(), tokenizer, f"{target}+{draft}")
+    draft_folder = _resolve(draft, "draft")
     config = _config(draft_folder, "draft")
     is_reduced = isinstance(config, reduced.ReducedLlamaConfig)
     if is_reduced and config.tokenizer_fingerprint != fingerprint(tokenizer):
@@ -97,7 +119,6 @@ def load_pair(
         )
     if not is_reduced:
         check_same_ids(tokenizer, _tokenizer(draft_folder, "draft"))
-    attention = "sdpa" if stock else "tts"
     model = _load(target_folder, "target", dtype, device, attention)
     small = (
         reduced.load(Path(draft_folder), model)

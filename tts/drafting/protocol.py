@@ -58,6 +58,10 @@ class Drafter(Protocol):
         """The committed sequence now has ``length`` tokens; forget everything beyond."""
         ...
 
+
+class TrainableDrafter(Drafter, Protocol):
+    """A drafter whose model can learn from windows of its own context."""
+
     def keys_values(self, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Copies of the cached keys and values of the first ``length`` tokens, layer by layer.
 
