@@ -2,29 +2,14 @@
 
 from typing import Any
 
-from tts.policy import RoundOutcome, RoundState, Signals
+from controllers.plain import Plain
 
 
-class Fixed:
-    """Draft ``gamma`` tokens, always."""
-
-    def __init__(self, gamma: int = 4) -> None:
-        self.gamma = gamma
-
-    def plan(self, state: RoundState) -> int:
-        return min(self.gamma, state.limit)
-
-    def proceed(self, state: RoundState, signals: Signals) -> bool:
-        return True
-
-    def observe(self, outcome: RoundOutcome) -> None:
-        pass
-
-    def reset(self) -> None:
-        pass
+class Fixed(Plain):
+    """Draft ``cap`` tokens, always."""
 
     def state_dict(self) -> dict[str, Any]:
-        return {"gamma": self.gamma}
+        return {"gamma": self.cap}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.gamma = int(state["gamma"])
+        self.cap = int(state["gamma"])

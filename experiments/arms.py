@@ -35,9 +35,9 @@ def build(name: str, pair: ModelPair, options: SpeculationOptions) -> Speculativ
     if arm.alone:
         policy = make_policy("fixed", gamma=0)
     elif arm.gamma:
-        policy = make_policy("mlp", learning=options.gamma_updates)
+        policy = make_policy("mlp", cap=options.cap, learning=options.gamma_updates)
     else:
-        policy = make_policy(options.policy, gamma=options.gamma)
+        policy = make_policy(options.policy, gamma=options.gamma, cap=options.cap)
     return SpeculativeDecoder(
         pair,
         policy=policy,

@@ -93,6 +93,7 @@ class SpeculationOptions:
         acceptance: greedy, rejection or coupled.
         policy: who chooses gamma (`controllers.POLICIES`).
         gamma: speculation length of the fixed policy.
+        cap: largest gamma of any other policy (None: its authors' own).
         window: sliding window over the draft's context, of the arms ``window``, ``draft_window``.
         distill: how the draft learns in the arms that let it.
         draft_updates: False: no arm's draft learns.
@@ -102,6 +103,7 @@ class SpeculationOptions:
     acceptance: str = "coupled"
     policy: str = "fixed"
     gamma: int = 4
+    cap: int | None = None
     window: int = 256
     distill: DistillConfig = field(default_factory=DistillConfig)
     draft_updates: bool = True
@@ -112,7 +114,7 @@ class SpeculationOptions:
             raise UserError(
                 f"acceptance: {self.acceptance!r} is not one of {', '.join(ACCEPTANCE)}"
             )
-        make_policy(self.policy, gamma=self.gamma)
+        make_policy(self.policy, gamma=self.gamma, cap=self.cap)
         if self.window < 1:
             raise UserError(f"window: {self.window} sees nothing: use at least 1")
 
