@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from controllers import make_policy
+from controllers import PUBLISHED, make_policy
 from experiments.options import SpeculationOptions
 from tts.engine import SpeculativeDecoder
 from tts.errors import UserError
@@ -12,32 +12,33 @@ from tts.models import PROMPT_LOOKUP, ModelPair
 class Arm(NamedTuple):
     """What is switched on."""
 
-    gamma: bool = False  # the gamma MLP chooses the length instead of the policy asked for
+    policy: str = ""  # that chooses the length instead of the one asked for
     draft: bool = False  # the draft learns
     window: bool = False  # the draft sees only its newest context
-    alone: bool = False  # no draft at all
+    alone: bool = False  # gamma is 0
 
 
 ARMS = {
-    "target": Arm(alone=True),
+    "target": Arm(policy="fixed", alone=True),
     "static": Arm(),
     "window": Arm(window=True),
     "draft": Arm(draft=True),
     "draft_window": Arm(draft=True, window=True),
-    "gamma": Arm(gamma=True),
-    "both": Arm(draft=True, gamma=True),
+    "gamma": Arm(policy="mlp"),
+    "both": Arm(policy="mlp", draft=True),
+    **{name: Arm(policy=name) for name in PUBLISHED},
 }
 
 
 def build(name: str, pair: ModelPair, options: SpeculationOptions) -> SpeculativeDecoder:
     """The decoder of the arm ``name``."""
     arm = ARMS[name]
-    if arm.alone:
-        policy = make_policy("fixed", gamma=0)
-    elif arm.gamma:
-        policy = make_policy("mlp", cap=options.cap, learning=options.gamma_updates)
-    else:
-        policy = make_policy(options.policy, gamma=options.gamma, cap=options.cap)
+    policy = make_policy(
+        arm.policy or options.policy,
+        gamma=0 if arm.alone else options.gamma,
+        cap=options.cap,
+        learning=options.gamma_updates,
+    )
     return SpeculativeDecoder(
         pair,
         policy=policy,

@@ -49,6 +49,15 @@ def tts(models, tmp_path, capsys):
     return call
 
 
+def test_published_policies_are_arms_on_the_same_text(tts):
+    code, out, _ = tts("run", "--arms=[static,svip,confidence,bandit]")
+    assert code == 0
+    arms = json.loads(out.strip().splitlines()[-1])["arms"]
+    assert list(arms) == ["static", "svip", "confidence", "bandit"]
+    assert len({arm["num_emitted_tokens"] for arm in arms.values()}) == 1
+    assert len({arm["num_draft_tokens"] for arm in arms.values()}) > 1
+
+
 def test_a_run_writes_everything_and_runs_again_from_its_config(tts, tmp_path):
     code, out, _ = tts(
         "run", "--arms=[static,window,target]", "--run-id=one", "--window=8", "--wandb=offline"
