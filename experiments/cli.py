@@ -33,6 +33,7 @@ VERBS = {
     ),
     "fit": Verb("experiments.fit", "Fit", "fit", "fit where the gamma MLP starts"),
     "sweep": Verb("experiments.sweep", "Sweep", "sweep", "compare learning settings on a path"),
+    "speckv": Verb("experiments.speckv", "SpecKv", "speckv", "SpecKV's records, read twice"),
     "selftext": Verb(
         "experiments.distill_offline", "SelfText", "selftext", "let the target write training text"
     ),
