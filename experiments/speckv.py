@@ -262,7 +262,7 @@ def _show(summary: dict[str, Any]) -> None:
         ("bootstrap p", "p", lambda v: f"{v:.3f}"),
         ("tokens/s, fixed 4", "tokens_per_s_fixed_4", lambda v: f"{v:.1f}"),
         ("tokens/s, fixed 8", "tokens_per_s_fixed_8", lambda v: f"{v:.1f}"),
-        ("tokens/s, each compression's best fixed", "tokens_per_s_best_fixed", lambda v: f"{v:.1f}"),
+        ("tokens/s, best fixed by compression", "tokens_per_s_best_fixed", lambda v: f"{v:.1f}"),
         ("tokens/s, SpecKV", "tokens_per_s_speckv", lambda v: f"{v:.1f}"),
         ("tokens/s, SpecKV with costs", "tokens_per_s_by_time", lambda v: f"{v:.1f}"),
     ]  # fmt: skip
