@@ -361,9 +361,8 @@ def test_targets_that_match_nothing_are_refused():
 @pytest.mark.parametrize("draft_window", [None, 3, 8])
 def test_the_learner_sees_what_the_draft_sees(draft_window):
     pair = learnable()
-    coordinator = Coordinator(
-        pair.draft, pair.target.get_output_embeddings().weight, DistillConfig(stride=4, window=8)
-    )
+    config = DistillConfig(stride=4, window=8, max_update_share=1.0)
+    coordinator = Coordinator(pair.draft, pair.target.get_output_embeddings().weight, config)
     lesson = coordinator.lesson(draft_window)
     drafter = AutoregressiveDrafter(coordinator.live, pair.target.config.vocab_size, draft_window)
     sequence = [*PROMPT[0].tolist(), *TOKENS]

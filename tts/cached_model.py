@@ -63,6 +63,15 @@ class CachedModel:
             self._since_mark.extend(tokens)
         return Rows(head.hidden[0, -keep:], output.logits[0, -keep:])
 
+    def adopt(self, other: "CachedModel", length: int) -> None:
+        """Fill the empty cache with copies of the first ``length`` positions of ``other``.
+
+        Both run the same weights; neither has recurrent layers.
+        """
+        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+            mine.update(*theirs.keys_values(0, length))
+        self.length = length
+
     def mark(self) -> None:
         """Allow `rollback` down to the present length; free for models without recurrence."""
         if self.cache.is_recurrent:

@@ -16,6 +16,7 @@ from tts.cached_model import CachedModel
 from tts.distill.config import DistillConfig
 from tts.distill.evidence import Evidence, Rows
 from tts.distill.learner import Learner, Window
+from tts.drafting.pard import mask_token
 from tts.drafting.protocol import TrainableDrafter
 from tts.errors import UserError
 from tts.records import UpdateRecord
@@ -25,6 +26,7 @@ WARM = 4  # updates before the guard judges
 TOLERANCE = 0.005  # overlap that the adapter may lose against the bare draft
 WORTHWHILE = 0.005  # overlap gained below which updates become rarer
 RARER = 2  # times the stride, then
+FIRST_MS = 100.0  # what an update is taken to cost before one was measured
 IDLE_SHARE = 0.25  # of the allowed time, where no tokens are drafted
 
 
@@ -46,10 +48,15 @@ class Coordinator:
         config: how to learn.
 
     Raises:
-        UserError: if the draft has recurrent layers, or none that the config targets.
+        UserError: if the draft is of PARD, has recurrent layers, or none that the config targets.
     """
 
     def __init__(self, draft: PreTrainedModel, head: torch.Tensor, config: DistillConfig) -> None:
+        if mask_token(draft) is not None:
+            raise UserError(
+                "distill: a PARD draft cannot learn yet, its mask rows have no replay: switch the "
+                "draft's updates off"
+            )
         if CachedModel(draft).cache.is_recurrent:
             raise UserError(
                 "distill: the draft has recurrent layers, whose past states are not kept: use a "
@@ -59,7 +66,7 @@ class Coordinator:
         self.learner = Learner(draft, head, config)
         self._draft = draft
         self._wall_ms = self._spent_ms = 0.0
-        self._expected_ms = 0.0  # of an update
+        self._expected_ms = FIRST_MS  # of an update
         self._drafting = 1.0  # recent share of rounds that drafted
         self._forget()
 
@@ -149,7 +156,11 @@ class Coordinator:
         compared = config.guard or config.proximal > 0
         # rows that an earlier step has seen say nothing about what it taught
         fresh = max(rows.first, lesson.learned)
-        bare = self._bare(lesson, sequence, fresh, rows.end, temperature) if compared else None
+        bare = None
+        if compared:
+            if not learner.taught and not lesson.bare.length:
+                drafter.lend(lesson.bare, fresh - 1)  # instead of reading the context once more
+            bare = self._bare(lesson, sequence, fresh, rows.end, temperature)
         drawn = [
             lesson.evidence.draw(config.window, rows.first, learner.random)
             for _ in range(config.replay)

@@ -5,6 +5,7 @@ from typing import TypeAlias
 from transformers import PreTrainedModel
 
 from tts.drafting.autoregressive import AutoregressiveDrafter
+from tts.drafting.pard import PardDrafter, mask_token
 from tts.drafting.prompt_lookup import PromptLookup, PromptLookupDrafter
 from tts.drafting.protocol import Drafter
 
@@ -23,4 +24,5 @@ def make_drafter(draft: Draft, vocab_size: int, window: int | None = None) -> Dr
     """
     if isinstance(draft, PromptLookup):
         return PromptLookupDrafter(draft, window)
-    return AutoregressiveDrafter(draft, vocab_size, window)
+    family = AutoregressiveDrafter if mask_token(draft) is None else PardDrafter
+    return family(draft, vocab_size, window)

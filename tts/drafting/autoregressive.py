@@ -44,15 +44,14 @@ class AutoregressiveDrafter:
         draw: Draw,
         proceed: Callable[[Signals], bool],
     ) -> Proposal:
-        rows = self._feed(sequence[self._cached.length :], keep=pending + 1)
+        logits = self._first_rows(sequence, gamma, pending)
         start = len(sequence)
-        warped = self._warp(rows.logits, sequence, start - pending)
+        warped = self._warp(logits, sequence, start - pending)
         late = warped[:pending] if pending else None
-        self._cached.mark()
         tokens: list[int] = []
         drawn: list[Distribution] = []
         said: list[Signals] = []
-        logits, q = rows.logits[pending:], warped[pending:]
+        logits, q = logits[pending:], warped[pending:]
         while True:
             token = draw(q, start + len(tokens))
             probability = float(q.of(q.ids.new_tensor([[token]])))
@@ -61,8 +60,18 @@ class AutoregressiveDrafter:
             drawn.append(q)
             if len(tokens) == gamma or not proceed(said[-1]):
                 return Proposal(tokens, join(drawn), said, late)
-            logits = self._feed([token]).logits
+            logits = self._next_row(tokens)
             q = self._warp(logits, sequence + tokens, start + len(tokens))
+
+    def _first_rows(self, sequence: list[int], gamma: int, pending: int) -> torch.Tensor:
+        """Logits `[pending + 1, columns]` for the pending positions and the first draft."""
+        rows = self._feed(sequence[self._cached.length :], keep=pending + 1)
+        self._cached.mark()
+        return rows.logits
+
+    def _next_row(self, tokens: list[int]) -> torch.Tensor:
+        """Logits `[1, columns]` for the draft after ``tokens``, the drafts so far."""
+        return self._feed(tokens[-1:]).logits
 
     def catch_up(self, sequence: list[int], pending: int) -> Distribution:
         fed = sequence[self._cached.length : -1]
@@ -75,6 +84,9 @@ class AutoregressiveDrafter:
 
     def keys_values(self, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return self._cached.cache.keys_values(length)
+
+    def lend(self, bare: CachedModel, length: int) -> None:
+        bare.adopt(self._cached, length)
 
     def recompute(self, sequence: list[int], count: int) -> None:
         length = self._cached.length

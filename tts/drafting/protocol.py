@@ -5,6 +5,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from tts.cached_model import CachedModel
 from tts.policy import Signals
 from tts.sampling import Distribution, Warper
 
@@ -67,6 +68,10 @@ class TrainableDrafter(Drafter, Protocol):
 
         Under a sliding window, only of those that the token after them sees.
         """
+        ...
+
+    def lend(self, bare: CachedModel, length: int) -> None:
+        """Fill the empty cache of ``bare``, which runs the same weights, with ``length`` tokens."""
         ...
 
     def recompute(self, sequence: list[int], count: int) -> None:

@@ -1,0 +1,101 @@
+"""A block of drafts from one pass: the formulas, and the target's own text."""
+
+import pytest
+import torch
+
+from controllers import make_policy
+from tests import tiny
+from tests.test_engine import PROMPT, decode, greedy, sampled
+from tests.test_laws import ALPHA, VOCAB, honest, p_value
+from tts.distill.config import DistillConfig
+from tts.drafting import make_drafter
+from tts.drafting.pard import PardDrafter
+from tts.engine import SpeculativeDecoder
+from tts.errors import UserError
+from tts.models import ModelPair, load_pair
+from tts.sampling import Coupled, Warper
+from tts.settings import Sampling
+
+MASK = 63
+
+
+def parallel(noise=0.03, vocab=64, layers=2, mask=MASK):
+    target = tiny.model("llama3.1", vocab=vocab, layers=layers)
+    draft = tiny.noisy(target, noise)
+    draft.config.pard_token = mask
+    return ModelPair(target, draft, tiny.tokenizer(vocab), "tiny-pard")
+
+
+def test_the_config_says_what_a_draft_is():
+    pair = parallel()
+    assert type(make_drafter(pair.draft, 64)) is PardDrafter
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_every_row_is_that_of_a_context_that_ends_in_masks(window):
+    """Row j is the plain model's last row after the sequence and j masks, in a fresh cache."""
+    pair, sequence, gamma = parallel(), [3, 17, 5, 40, 9, 21], 4
+    drafter = make_drafter(pair.draft, 64, window)
+    drafter.begin(lambda columns: Warper(Sampling(0.0, 0, 1.0, 0.0, 1.0), 0, columns))
+    drafter.prefill(sequence[:4])
+    seen = []
+    warp = drafter._warp
+    drafter._warp = lambda logits, *args: seen.append(logits) or warp(logits, *args)
+    proposal = drafter.propose(sequence, gamma, 2, Coupled(0).draw, lambda signals: True)
+    assert len(proposal.tokens) == gamma
+    assert len(proposal.late) == 2
+    rows = torch.cat([seen[0][-1:], *seen[1:]])
+    for j in range(gamma):
+        fed = sequence + [MASK] * j
+        length = len(fed)
+        query, key = torch.arange(length)[:, None], torch.arange(length)[None]
+        seen_keys = (key <= query) & (key > query - (window or length))
+        expected = pair.draft(torch.tensor([fed]), attention_mask=seen_keys[None, None]).logits
+        torch.testing.assert_close(rows[j], expected[0, -1], atol=1e-5, rtol=1e-4)
+
+
+def test_greedy_text_is_the_targets():
+    pair = parallel()
+    for fields in ({}, {"repetition_penalty": 1.3}):
+        expected = pair.target.generate(PROMPT, generation_config=greedy(**fields), do_sample=False)
+        accepted = 0
+        for gamma in (0, 1, 4, 8):
+            result = decode(pair, gamma, greedy(**fields))
+            assert result.sequences.tolist() == expected.tolist()
+            accepted += sum(r.num_accepted for r in result.rounds)
+        assert accepted > 20
+
+
+def test_coupled_text_does_not_depend_on_the_draft():
+    texts = [
+        decode(pair, gamma, sampled(), seed=5).tokens
+        for pair in (parallel(), parallel(0.3), tiny.pair("llama3.1", noise=0.03))
+        for gamma in (0, 1, 4)
+    ]
+    assert all(text == texts[0] for text in texts)
+
+
+def test_rejection_of_independent_drafts_keeps_the_law():
+    pair = parallel(noise=0.5, vocab=VOCAB, layers=1, mask=7)
+    assert p_value(pair, 4000, honest) > ALPHA
+
+
+def test_overlap_is_known_at_every_position():
+    result = decode(parallel(), 4, sampled(100))
+    assert sorted(p for r in result.rounds for p in r.overlap_position) == list(range(100))
+
+
+def test_what_cannot_be_is_refused():
+    pair = parallel(mask=64)
+    with pytest.raises(UserError, match="pard_token 64 is outside"):
+        SpeculativeDecoder(pair, policy=make_policy("fixed")).session()
+    with pytest.raises(UserError, match="PARD draft cannot learn"):
+        SpeculativeDecoder(parallel(), policy=make_policy("fixed"), distill=DistillConfig())
+
+
+def test_a_published_folder_is_recognised(tmp_path):
+    pair = parallel()
+    target = tiny.save(pair.target, tmp_path / "target")
+    draft = tiny.save(pair.draft, tmp_path / "draft")
+    loaded = load_pair(str(target), str(draft), dtype="float32")
+    assert type(make_drafter(loaded.draft, 64)) is PardDrafter
