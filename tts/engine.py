@@ -295,7 +295,7 @@ class SpeculativeDecoder:
             )
         )
         policy_ms += clock.lap()
-        update = self._learn(session, run, rows, context, drafted, clock)
+        update = self._learn(session, run, rows, context, drafted, reason is not None, clock)
         session.rounds += 1
         return RoundRecord(
             round=session.rounds - 1,
@@ -320,7 +320,14 @@ class SpeculativeDecoder:
         )
 
     def _learn(
-        self, session: Session, run: _Run, rows: Rows, context: int, drafted: int, clock: Stopwatch
+        self,
+        session: Session,
+        run: _Run,
+        rows: Rows,
+        context: int,
+        drafted: int,
+        ended: bool,
+        clock: Stopwatch,
     ) -> UpdateRecord | None:
         """Show the verification's on-path rows to the coordinator, who may take a step."""
         if self.coordinator is None or session.lesson is None:
@@ -329,6 +336,8 @@ class SpeculativeDecoder:
         log_mass = (rows.logits[:emitted].float() / run.temperature).logsumexp(-1)
         evidence = Evidence(context, rows.hidden[:emitted], log_mass)
         self.coordinator.observe(session.lesson, evidence, drafted > 0, clock.total())
+        if ended:  # nobody may ever draft again; if the session goes on, its next round learns
+            return None
         return self.coordinator.update(
             session.lesson,
             session.sequence,
