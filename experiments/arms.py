@@ -15,11 +15,11 @@ class Arm(NamedTuple):
     policy: str = ""  # that chooses the length instead of the one asked for
     draft: bool = False  # the draft learns
     window: bool = False  # the draft sees only its newest context
-    alone: bool = False  # gamma is 0
+    gamma: int | None = None  # instead of the one asked for
 
 
 ARMS = {
-    "target": Arm(policy="fixed", alone=True),
+    "target": Arm(policy="fixed", gamma=0),
     "static": Arm(),
     "window": Arm(window=True),
     "draft": Arm(draft=True),
@@ -35,7 +35,7 @@ def build(name: str, pair: ModelPair, options: SpeculationOptions) -> Speculativ
     arm = ARMS[name]
     policy = make_policy(
         arm.policy or options.policy,
-        gamma=0 if arm.alone else options.gamma,
+        gamma=options.gamma if arm.gamma is None else arm.gamma,
         cap=options.cap,
         learning=options.gamma_updates,
     )

@@ -88,6 +88,7 @@ def with_value(column, value):
     ("change", "message"),
     [
         (without("min_draft_confidence"), "no column min_draft_confidence"),
+        (without("task"), "no column task"),
         (with_value("mean_draft_entropy", "nan"), "holds NaN"),
         (with_value("acceptance_rate", "much"), "holds no number"),
         (with_value("compression", "int3"), "compression 'int3' is not one of"),

@@ -103,11 +103,8 @@ def load_pair(
     check_device(dtype, device)
     target_folder = _resolve(target, "target")
     tokenizer = _tokenizer(target_folder, "target")
-    attention = "sdpa" if stock else "tts"
     if draft == PROMPT_LOOKUP:
-        model = _load(target_folder, "target", dtype, device, attention)
-        if not stock:
-            _quicken(model)
+        model = _load(target_folder, "target", dtype, device, stock)
         return ModelPair(model, PromptLookup(), tokenizer, f"{target}+{draft}")
     draft_folder = _resolve(draft, "draft")
     config = _config(draft_folder, "draft")
@@ -119,15 +116,13 @@ def load_pair(
         )
     if not is_reduced:
         check_same_ids(tokenizer, _tokenizer(draft_folder, "draft"))
-    model = _load(target_folder, "target", dtype, device, attention)
-    small = (
-        reduced.load(Path(draft_folder), model)
-        if is_reduced
-        else _load(draft_folder, "draft", dtype, device, attention)
-    )
-    if not stock:
-        _quicken(model)
-        _quicken(small)
+    model = _load(target_folder, "target", dtype, device, stock)
+    if is_reduced:
+        small = reduced.load(Path(draft_folder), model)
+        if not stock:
+            _quicken(small)
+    else:
+        small = _load(draft_folder, "draft", dtype, device, stock)
     return ModelPair(model, small, tokenizer, f"{target}+{draft}")
 
 
@@ -137,8 +132,7 @@ def load_target(
     """The target alone, with its tokenizer; arguments and errors as in `load_pair`."""
     check_device(dtype, device)
     folder = _resolve(target, "target")
-    model = _load(folder, "target", dtype, device, "tts")
-    _quicken(model)
+    model = _load(folder, "target", dtype, device, stock=False)
     return model, _tokenizer(folder, "target")
 
 
@@ -226,11 +220,15 @@ def _config(folder: str, field: str) -> PreTrainedConfig:
     return _pretrained(AutoConfig, folder, f"{field} config")
 
 
-def _load(folder: str, field: str, dtype: str, device: str, attention: str) -> PreTrainedModel:
+def _load(folder: str, field: str, dtype: str, device: str, stock: bool) -> PreTrainedModel:
+    attention = "sdpa" if stock else "tts"
     model = _pretrained(
         AutoModelForCausalLM, folder, field, dtype=DTYPES[dtype], attn_implementation=attention
     )
-    return model.to(device).eval().requires_grad_(False)
+    model = model.to(device).eval().requires_grad_(False)
+    if not stock:
+        _quicken(model)
+    return model
 
 
 def _pretrained(loader: Any, folder: str, field: str, **kwargs: Any) -> Any:
