@@ -4,15 +4,21 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from tts.distill.corpus import Corpus, annotate, read_tokens
-from tts.distill.offline import OfflineConfig, OfflineTrainer, frequent_ids
+from tts.distill.features import Features
+from tts.distill.offline import OfflineConfig, OfflineTrainer, Text, frequent_ids
 from tts.distill.selftext import SelfTextConfig, write_shards
-from tts.drafting import reduced
+from tts.distill.students import AutoregressiveStudent, DFlashStudent, Eagle3Student, Student
+from tts.drafting import dflash_checkpoint, eagle3_checkpoint, reduced
+from tts.errors import UserError
 from tts.models import load_target
 from tts.vocabulary import fingerprint
 
+DRAFTERS = ("autoregressive", "eagle3", "dflash")
 ANNOTATED = 16  # sequences a shard, of text that is read
 
 
@@ -39,9 +45,10 @@ class SelfText:
 
 @dataclass(frozen=True)
 class DistillOffline:
-    """Train an autoregressive draft from self-written text; goes on where it was stopped.
+    """Train a draft from self-written text; goes on where it was stopped.
 
     Args:
+        drafter: autoregressive, eagle3 or dflash.
         corpus: folders of `tts selftext` to train on.
         held_out: folder of `tts selftext` to evaluate on.
         out: folder for the draft, its checkpoint and its log.
@@ -50,12 +57,17 @@ class DistillOffline:
         training: what is trained, and for how long.
     """
 
+    drafter: str = "autoregressive"
     corpus: tuple[str, ...] = ("selftext",)
     held_out: str = "held-out"
     out: str = "draft"
     target: str = "smollm2-135m"
     device: str = "cpu"
     training: OfflineConfig = field(default_factory=OfflineConfig)
+
+    def __post_init__(self) -> None:
+        if self.drafter not in DRAFTERS:
+            raise UserError(f"drafter: {self.drafter!r} is not one of {', '.join(DRAFTERS)}")
 
 
 def selftext(config: SelfText) -> dict[str, object]:
@@ -87,9 +99,14 @@ def distill_offline(config: DistillOffline) -> dict[str, object]:
     held_out = Corpus([Path(config.held_out)], training.temperature)
     target, tokenizer = load_target(config.target, device=config.device)
     ids = frequent_ids(corpus, training.draft_vocab_size, [tokenizer.eos_token_id])
-    draft = reduced.from_target(target, ids, list(training.layers), fingerprint(tokenizer))
+    student, layers = _student(config, target, ids, fingerprint(tokenizer))
+    texts = []
+    for part in (corpus, held_out):
+        with tqdm(total=len(part.files), desc="features", unit="shard", disable=not layers) as bar:
+            features = Features(part, target, layers, lambda: bar.update(1)) if layers else None
+        texts.append(Text(part, features))
     del target
-    trainer = OfflineTrainer(draft, corpus, held_out, training, folder)
+    trainer = OfflineTrainer(student, *texts, training, folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "training.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
     with tqdm(total=trainer.steps, initial=trainer.step, desc="training", unit="step") as bar:
@@ -98,3 +115,28 @@ def distill_offline(config: DistillOffline) -> dict[str, object]:
                 overlap=f"{report.overlap:.4f}", acceptance=f"{report.acceptance_length:.3f}"
             )
     return asdict(trainer.evaluate()) | {"out": str(folder)}
+
+
+def _student(
+    config: DistillOffline, target: PreTrainedModel, ids: torch.Tensor, fingerprint: str
+) -> tuple[Student, tuple[int, ...]]:
+    """A new draft of the family asked for, and the hidden states of the target that it reads."""
+    training = config.training
+    if config.drafter == "autoregressive":
+        draft = reduced.from_target(target, ids, list(training.layers), fingerprint)
+        return AutoregressiveStudent(draft), ()
+    if config.drafter == "dflash":
+        drafter = dflash_checkpoint.from_target(
+            target,
+            ids,
+            training.features,
+            training.layers,
+            training.depth + 1,
+            training.mask_token_id,
+            fingerprint,
+        )
+        return DFlashStudent(drafter, training.root_share), training.features
+    head = eagle3_checkpoint.from_target(
+        target, ids, training.features, training.layers, fingerprint
+    )
+    return Eagle3Student(head, training.depth, training.root_share), training.features

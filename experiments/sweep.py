@@ -9,7 +9,7 @@ import itertools
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -25,7 +25,8 @@ from tts.chat import ChatFormat
 from tts.coordinator import Coordinator
 from tts.distill.config import DistillConfig
 from tts.distill.evidence import Rows
-from tts.drafting.autoregressive import AutoregressiveDrafter
+from tts.drafting import make_drafter
+from tts.drafting.protocol import TrainableDrafter
 from tts.errors import UserError
 from tts.models import ModelPair
 from tts.sampling import Distribution, Warper, overlap
@@ -71,6 +72,7 @@ class Block:
     sequence: list[int]  # everything up to and including the block
     rows: Rows
     p: Distribution  # as decoded: warped
+    features: torch.Tensor | None  # of every position before the newest, if the draft reads them
 
 
 def sweep(config: Sweep) -> dict[str, Any]:
@@ -90,7 +92,7 @@ def sweep(config: Sweep) -> dict[str, Any]:
     lines = []
     for special, distill in track(settings, "replaying"):
         head = pair.target.get_output_embeddings().weight
-        coordinator = Coordinator(pair.draft_model, head, replace(distill, max_update_share=1.0))
+        coordinator = Coordinator(pair.draft, head, replace(distill, max_update_share=1.0))
         online = {
             name: replay(pair, blocks, sampling, coordinator, config.draft_window)
             for name, blocks in texts.items()
@@ -121,13 +123,15 @@ def read(pair: ModelPair, dialogue: RecordedDialogue, sampling: Sampling, size: 
             for i in range(0, len(answer), size)
         ]
         sequence += answer
-    cached = CachedModel(pair.target)
-    hidden = torch.cat(
-        [
-            cached.feed(sequence[i : i + CHUNK], keep=len(sequence[i : i + CHUNK])).hidden.clone()
-            for i in range(0, len(sequence), CHUNK)
-        ]
-    )
+    cached = CachedModel(pair.target, layers=make_drafter(pair.draft, 0).layers)
+    fed = [
+        cached.feed(sequence[i : i + CHUNK], keep=len(sequence[i : i + CHUNK]))
+        for i in range(0, len(sequence), CHUNK)
+    ]
+    hidden = torch.cat([rows.hidden for rows in fed])
+    features = None
+    if fed[0].features is not None:
+        features = torch.cat([rows.features for rows in fed])  # type: ignore[misc]
     head = pair.target.get_output_embeddings()
     warp = Warper(sampling, 0)
     blocks = []
@@ -137,7 +141,11 @@ def read(pair: ModelPair, dialogue: RecordedDialogue, sampling: Sampling, size: 
             logits = head(states).float()
         mass = (logits / (sampling.temperature or 1.0)).logsumexp(-1)
         p = warp(logits, sequence, start)
-        blocks.append(Block(sequence[:end], Rows(start, states, mass), p))
+        seen = None if features is None else features[start - 1 : end - 1]
+        rows = Rows(start, states, mass, seen)
+        blocks.append(
+            Block(sequence[:end], rows, p, None if features is None else features[: end - 1])
+        )
     return blocks
 
 
@@ -149,19 +157,28 @@ def replay(
     draft_window: int | None = None,
 ) -> list[float]:
     """Overlap at every generated position, each measured before it was learned from."""
-    draft = pair.draft_model
+    draft = pair.draft
     if coordinator is not None:
-        draft, lesson = coordinator.live, coordinator.lesson(draft_window)
-    drafter = AutoregressiveDrafter(draft, pair.target.config.vocab_size, draft_window)
+        draft, lesson = coordinator.live, coordinator.lesson()
+    drafter = make_drafter(draft, pair.target.config.vocab_size, draft_window)
     drafter.begin(lambda columns: Warper(sampling, 0, columns))
     values: list[float] = []
+    read = 0  # positions whose features the drafter has
     for block in blocks:
+        drafter.commit(
+            len(block.sequence), None if block.features is None else block.features[read:]
+        )
+        read = len(block.sequence) - 1
         q = drafter.catch_up(block.sequence, len(block.rows))
         values += overlap(block.p, q).tolist()
         if coordinator is not None:
             coordinator.observe(lesson, block.rows, True, 0.0)
             coordinator.update(
-                lesson, block.sequence, len(block.sequence), drafter, sampling.temperature or 1.0
+                lesson,
+                block.sequence,
+                len(block.sequence),
+                cast(TrainableDrafter, drafter),
+                sampling.temperature or 1.0,
             )
     return values
 

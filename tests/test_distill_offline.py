@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 from tests import tiny
 from tts.distill import losses
 from tts.distill.corpus import Corpus, annotate, read_tokens
-from tts.distill.offline import OfflineConfig, OfflineTrainer, frequent_ids
+from tts.distill.offline import OfflineConfig, OfflineTrainer, Text, frequent_ids
 from tts.distill.selftext import SelfTextConfig, write_shards
+from tts.distill.students import AutoregressiveStudent
 from tts.drafting import reduced
 from tts.errors import UserError
 
@@ -82,7 +83,8 @@ def make_trainer(target, folder, out, **kwargs):
     corpus = Corpus([folder / "train"], TEMPERATURE)
     draft = reduced.from_target(target, frequent_ids(corpus, 60, [63]), [0], "f")
     held_out = Corpus([folder / "held-out"], TEMPERATURE)
-    return OfflineTrainer(draft, corpus, held_out, config, out)
+    student = AutoregressiveStudent(draft)
+    return OfflineTrainer(student, Text(corpus), Text(held_out), config, out)
 
 
 @pytest.mark.parametrize("loss", losses.LOSSES)
@@ -102,7 +104,7 @@ def test_the_frozen_parts_do_not_move(target, folder, tmp_path):
     for _ in trainer.run():
         pass
     assert all(torch.equal(before[k], v) for k, v in target.state_dict().items())
-    loaded = reduced.load(tmp_path, target)
+    loaded = reduced.load(tmp_path, reduced.configure(tmp_path, target.config), target)
     assert torch.equal(loaded.model.embed_tokens.weight, target.model.embed_tokens.weight)
 
 

@@ -1,16 +1,22 @@
 """Proofs that can fail: each planted error breaks the named check that guards against it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from tests import test_engine, test_learning
+from tests import test_dflash, test_drafters, test_eagle3, test_engine, test_learning
+from tests.heads import PAIRS
 from tts.cache import RollbackCache, RollbackLayer
 from tts.cached_model import CachedModel
 from tts.cached_model import Rows as DraftRows
 from tts.coordinator import Coordinator
 from tts.distill.adapter import Adapter
-from tts.distill.evidence import Evidence, Rows
+from tts.distill.evidence import Evidence
 from tts.drafting.autoregressive import AutoregressiveDrafter
+from tts.drafting.dflash import DFlashDrafter
+from tts.drafting.eagle3_model import Eagle3
+from tts.drafting.features import FeatureDrafter
 from tts.sampling import Coupled, Warper
 from tts.stopping import Cut, Stopping
 
@@ -33,7 +39,7 @@ def the_lagging_token_is_never_fed_to_the_draft(patch):
 
 
 def the_draft_keeps_rejected_tokens(patch):
-    patch.setattr(AutoregressiveDrafter, "commit", lambda self, length: None)
+    patch.setattr(AutoregressiveDrafter, "commit", lambda self, length, features: None)
 
 
 def the_penalty_forgets_the_drafts_before_a_row(patch):
@@ -101,7 +107,7 @@ def evidence_belongs_to_the_next_position(patch):
     honest = Evidence.add
     patch.setattr(
         Evidence, "add",
-        lambda self, rows: honest(self, Rows(rows.first + 1, rows.hidden, rows.log_mass)),
+        lambda self, rows: honest(self, replace(rows, first=rows.first + 1)),
     )  # fmt: skip
 
 
@@ -120,6 +126,38 @@ def an_update_happens_inside_a_round(patch):
         return proposal._replace(q=q)
 
     patch.setattr(AutoregressiveDrafter, "propose", propose)
+
+
+def features_belong_to_the_next_position(patch):
+    honest = FeatureDrafter._next_features
+    patch.setattr(FeatureDrafter, "_next_features", lambda self, n: honest(self, n).roll(-1, 0))
+
+
+def a_block_of_masks_stays_in_the_cache(patch):
+    honest = DFlashDrafter._draft
+
+    def draft(self, *args):
+        rows = honest(self, *args)
+        self._held += self.longest + 1
+        for layer in self._cache.layers:
+            layer.length = self._held
+        return rows
+
+    patch.setattr(DFlashDrafter, "_draft", draft)
+
+
+def a_chain_forgets_its_own_steps(patch):
+    honest = Eagle3.unroll
+    patch.setattr(Eagle3, "unroll", lambda self, *a, **k: honest(self, *a, **k)[:1] * 4)
+
+
+def a_mask_sees_the_masks_of_other_roots(patch):
+    honest = torch.Tensor.__eq__
+    # the only comparison of roots with roots is the one that separates them
+    patch.setattr(
+        torch.Tensor, "__eq__",
+        lambda a, b: honest(a, b) | (a.dim() == 2 and torch.is_tensor(b) and b.dim() == 1),
+    )  # fmt: skip
 
 
 def without_architecture(check, **kwargs):
@@ -150,6 +188,16 @@ LIST = [
      without_architecture(test_learning.test_the_draft_gets_better_while_it_decodes), ""),
     (the_guard_looks_away,
      without_architecture(test_learning.check_the_guard_takes_back, after=0, event="reset"), ""),
+    (features_belong_to_the_next_position,
+     without_architecture(test_eagle3.test_a_chain_is_what_the_formulas_say, variant={}), ""),
+    (features_belong_to_the_next_position,
+     without_architecture(test_dflash.test_a_block_is_what_the_formulas_say), ""),
+    (a_block_of_masks_stays_in_the_cache,
+     without_architecture(test_dflash.test_a_block_is_what_the_formulas_say), ""),
+    *((mutation, without_architecture(
+        test_drafters.test_the_replay_is_what_was_drafted, family=PAIRS[name], window=None), "")
+      for mutation, name in ((a_chain_forgets_its_own_steps, "eagle3"),
+                             (a_mask_sees_the_masks_of_other_roots, "pard"))),
 ]  # fmt: skip
 
 

@@ -7,7 +7,6 @@ from controllers import make_policy
 from tests import tiny
 from tests.test_engine import PROMPT, decode, greedy, sampled
 from tests.test_laws import ALPHA, VOCAB, honest, p_value
-from tts.distill.config import DistillConfig
 from tts.drafting import make_drafter
 from tts.drafting.pard import PardDrafter
 from tts.engine import SpeculativeDecoder
@@ -37,7 +36,7 @@ def test_every_row_is_that_of_a_context_that_ends_in_masks(window):
     pair, sequence, gamma = parallel(), [3, 17, 5, 40, 9, 21], 4
     drafter = make_drafter(pair.draft, 64, window)
     drafter.begin(lambda columns: Warper(Sampling(0.0, 0, 1.0, 0.0, 1.0), 0, columns))
-    drafter.prefill(sequence[:4])
+    drafter.prefill(sequence[:4], None)
     seen = []
     warp = drafter._warp
     drafter._warp = lambda logits, *args: seen.append(logits) or warp(logits, *args)
@@ -89,8 +88,6 @@ def test_what_cannot_be_is_refused():
     pair = parallel(mask=64)
     with pytest.raises(UserError, match="pard_token 64 is outside"):
         SpeculativeDecoder(pair, policy=make_policy("fixed")).session()
-    with pytest.raises(UserError, match="PARD draft cannot learn"):
-        SpeculativeDecoder(parallel(), policy=make_policy("fixed"), distill=DistillConfig())
 
 
 def test_a_published_folder_is_recognised(tmp_path):

@@ -29,9 +29,13 @@ def attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    bidirectional: bool = False,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend ``rows`` queries to the whole context; without a mask, row i sees context-rows+i+1.
+
+    Args:
+        bidirectional: without a mask, every row sees everything.
 
     Returns:
         The output `[batch, rows, heads, head_dim]` and None for the weights, as transformers asks.
@@ -42,8 +46,8 @@ def attention(
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     if rows <= MAX_SHORT_ROWS and attention_mask is None and query.device.type == "cpu":
-        return _few_rows(query, key, value, scaling).transpose(1, 2), None
-    causal = attention_mask is None and rows > 1
+        return _few_rows(query, key, value, scaling, bidirectional).transpose(1, 2), None
+    causal = attention_mask is None and rows > 1 and not bidirectional
     if causal and context > rows:
         # is_causal aligns to the top left; a block after a prefix aligns to the bottom right
         attention_mask = torch.ones(rows, context, dtype=torch.bool, device=query.device).tril(
@@ -64,7 +68,11 @@ def attention(
 
 
 def _few_rows(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    bidirectional: bool,
 ) -> torch.Tensor:
     batch, heads, rows, head_dim = query.shape
     key_heads, context = key.shape[1], key.shape[2]
@@ -72,7 +80,7 @@ def _few_rows(
     grouped = (query * scaling).reshape(batch * key_heads, shared * rows, head_dim)
     # keys are the left operand because that is the one oneDNN streams without repacking
     scores = torch.bmm(key.flatten(0, 1), grouped.transpose(1, 2)).transpose(1, 2).contiguous()
-    if rows > 1:
+    if rows > 1 and not bidirectional:
         block = scores.view(-1, shared, rows, context)[..., context - rows :]
         future = torch.ones(rows, rows, dtype=torch.bool, device=query.device).triu(1)
         block.masked_fill_(future, float("-inf"))

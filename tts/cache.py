@@ -148,6 +148,14 @@ class RollbackCache(Cache):
 _FLAGS = ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state")
 
 
+def filled(prefix: list[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:
+    """A plain cache that holds ``prefix``, the keys and values of each layer; gradients flow."""
+    cache = DynamicCache()
+    for layer, (keys, values) in enumerate(prefix):
+        cache.update(keys, values, layer)
+    return cache
+
+
 def window_mask(window: int | None, first: int, rows: int) -> torch.Tensor | None:
     """Which visible keys each row of a block sees, boolean `[1, 1, rows, keys]`.
 

@@ -15,6 +15,7 @@ class Rows(NamedTuple):
 
     hidden: torch.Tensor  # [rows, hidden] input of the language-model head
     logits: torch.Tensor  # [rows, columns]; column j is token `CachedModel.columns[j]`, or j
+    features: torch.Tensor | None = None  # [fed, layers x hidden] of ALL fed tokens, if asked for
 
 
 class CachedModel:
@@ -23,10 +24,14 @@ class CachedModel:
     Args:
         model: any causal language model of transformers, in evaluation mode.
         window: the model sees only the newest ``window`` positions (None: all of them).
+        layers: whose states become features, as indices into transformers' ``hidden_states``.
     """
 
-    def __init__(self, model: PreTrainedModel, window: int | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, window: int | None = None, layers: tuple[int, ...] = ()
+    ) -> None:
         self.model = model
+        self._layers = layers
         self.cache = RollbackCache(model.config, window)
         self.length = 0  # tokens in the cache
         # a reduced vocabulary: the token id of each logit column
@@ -37,11 +42,14 @@ class CachedModel:
 
     def feed(self, tokens: list[int], keep: int = 1) -> Rows:
         """Append ``tokens`` and return the rows of the last ``keep`` of them."""
-        last = max(keep, CHUNK)
+        last, parts = max(keep, CHUNK), []
         while len(tokens) > last:
-            self._pass(tokens[:CHUNK], 1)
+            parts.append(self._pass(tokens[:CHUNK], 1).features)
             tokens = tokens[CHUNK:]
-        return self._pass(tokens, keep)
+        rows = self._pass(tokens, keep)
+        if parts and rows.features is not None:
+            rows = rows._replace(features=torch.cat([*parts, rows.features]))  # type: ignore[list-item]
+        return rows
 
     @torch.inference_mode()
     def _pass(self, tokens: list[int], keep: int) -> Rows:
@@ -56,12 +64,16 @@ class CachedModel:
                 past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=keep,
+                output_hidden_states=bool(self._layers),
                 **reduced,
             )
         self.length += rows
         if self.cache.is_recurrent:
             self._since_mark.extend(tokens)
-        return Rows(head.hidden[0, -keep:], output.logits[0, -keep:])
+        features = None
+        if self._layers:
+            features = torch.cat([output.hidden_states[i][0] for i in self._layers], -1)
+        return Rows(head.hidden[0, -keep:], output.logits[0, -keep:], features)
 
     def adopt(self, other: "CachedModel", length: int) -> None:
         """Fill the empty cache with copies of the first ``length`` positions of ``other``.

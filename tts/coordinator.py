@@ -12,13 +12,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from tts.cached_model import CachedModel
 from tts.distill.config import DistillConfig
 from tts.distill.evidence import Evidence, Rows
-from tts.distill.learner import Learner, Window
-from tts.drafting.pard import mask_token
+from tts.distill.learner import Learner
+from tts.drafting import Draft, trainable
 from tts.drafting.protocol import TrainableDrafter
-from tts.errors import UserError
 from tts.records import UpdateRecord
 
 SMOOTHING = 0.85  # of the gain, an update's weight among those before
@@ -35,7 +33,6 @@ class Lesson:
     """What is known about one sequence."""
 
     evidence: Evidence
-    bare: CachedModel  # the bare draft on its own keys, the guard's yardstick
     learned: int = 0  # absolute position up to which evidence was used
 
 
@@ -48,23 +45,13 @@ class Coordinator:
         config: how to learn.
 
     Raises:
-        UserError: if the draft is of PARD, has recurrent layers, or none that the config targets.
+        UserError: if the draft cannot learn, or has no layers that the config targets.
     """
 
-    def __init__(self, draft: PreTrainedModel, head: torch.Tensor, config: DistillConfig) -> None:
-        if mask_token(draft) is not None:
-            raise UserError(
-                "distill: a PARD draft cannot learn yet, its mask rows have no replay: switch the "
-                "draft's updates off"
-            )
-        if CachedModel(draft).cache.is_recurrent:
-            raise UserError(
-                "distill: the draft has recurrent layers, whose past states are not kept: use a "
-                "draft with attention only"
-            )
+    def __init__(self, draft: Draft, head: torch.Tensor, config: DistillConfig) -> None:
+        self._draft, family = trainable(draft)
         self.config = config
-        self.learner = Learner(draft, head, config)
-        self._draft = draft
+        self.learner = Learner(self._draft, family, head, config)
         self._wall_ms = self._spent_ms = 0.0
         self._expected_ms = FIRST_MS  # of an update
         self._drafting = 1.0  # recent share of rounds that drafted
@@ -88,13 +75,13 @@ class Coordinator:
         """Whether the live draft differs from the bare one."""
         return self.learner.taught
 
-    def lesson(self, draft_window: int | None = None) -> Lesson:
+    def lesson(self) -> Lesson:
         """A sequence begins; under scope ``sequence`` everything learned before is dropped."""
         if self.config.scope == "sequence" and self.learner.adapter.version:
             self.learner.reset()
             self.learner.adapter.write()
             self._forget()
-        return Lesson(Evidence(self.config.capacity), CachedModel(self._draft, draft_window))
+        return Lesson(Evidence(self.config.capacity))
 
     def observe(self, lesson: Lesson, rows: Rows, drafted: bool, round_ms: float) -> None:
         """Take in the on-path rows of a round and what the round cost."""
@@ -127,7 +114,8 @@ class Coordinator:
             return None
         began = time.perf_counter()
         rows = lesson.evidence.window(self.config.window, settled)
-        if rows is None or rows.end <= lesson.learned:
+        least = drafter.least_rows
+        if rows is None or len(rows) < least or rows.end <= lesson.learned:
             return None
         record = self._step(lesson, sequence, rows, drafter, temperature)
         lesson.learned = rows.end
@@ -148,29 +136,22 @@ class Coordinator:
     ) -> UpdateRecord:
         learner, config = self.learner, self.config
 
-        def window(rows: Rows) -> Window:
-            start, end = rows.first - 1, rows.end - 1
-            prefix = drafter.keys_values(start)
-            return Window(rows, sequence[start:end], prefix, lesson.bare.cache.window)
-
-        compared = config.guard or config.proximal > 0
+        least = drafter.least_rows
+        newest = drafter.window(sequence, rows)
         # rows that an earlier step has seen say nothing about what it taught
         fresh = max(rows.first, lesson.learned)
         bare = None
-        if compared:
-            if not learner.taught and not lesson.bare.length:
-                drafter.lend(lesson.bare, fresh - 1)  # instead of reading the context once more
-            bare = self._bare(lesson, sequence, fresh, rows.end, temperature)
+        if config.guard or config.proximal > 0:
+            bare = drafter.bare(self._draft, sequence, newest, fresh, not learner.taught)
         drawn = [
             lesson.evidence.draw(config.window, rows.first, learner.random)
             for _ in range(config.replay)
         ]
-        windows = [window(rows), *(window(old) for old in drawn if old is not None)]
-        step = learner.step(windows, temperature, bare)
+        older = [drafter.window(sequence, old) for old in drawn if old and len(old) >= least]
+        step = learner.step([newest, *older], temperature, bare, fresh)
         event = "skipped" if step.skipped else None
-        gain = None
-        if config.guard and step.bare_overlap is not None:
-            gain = float((step.overlap[fresh - rows.first :] - step.bare_overlap).mean())
+        gain = step.gain if config.guard else None
+        if gain is not None:
             event = self._judge(gain) or event
         learner.adapter.write()
         if config.keys == "recompute":
@@ -179,21 +160,12 @@ class Coordinator:
             loss=step.loss,
             grad_norm=step.grad_norm,
             lost_mass=step.lost_mass,
-            overlap=float(step.overlap.mean()),
+            overlap=step.overlap,
             gain=gain,
             smoothed_gain=self._gain if config.guard else None,
             event=event,
             adapter_version=learner.adapter.version,
         )
-
-    def _bare(
-        self, lesson: Lesson, sequence: list[int], first: int, end: int, temperature: float
-    ) -> torch.Tensor:
-        """log q of the bare draft for positions ``first`` to ``end``, on keys of its own."""
-        bare = lesson.bare
-        bare.rollback(min(bare.length, first - 1))
-        fed = bare.feed(sequence[bare.length : end - 1], keep=end - first)
-        return self.learner.normalised(fed.logits, temperature)
 
     def _judge(self, gain: float) -> str | None:
         """Act on how the adapter did against the bare draft; returns what was done."""

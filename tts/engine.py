@@ -133,9 +133,9 @@ class SpeculativeDecoder:
         draft: Draft = self.pair.draft
         lesson = None
         if self.coordinator is not None:
-            draft, lesson = self.coordinator.live, self.coordinator.lesson(self._draft_window)
+            draft, lesson = self.coordinator.live, self.coordinator.lesson()
         drafter = make_drafter(draft, self._vocab_size, self._draft_window)
-        return Session(CachedModel(self.pair.target), drafter, lesson)
+        return Session(CachedModel(self.pair.target, layers=drafter.layers), drafter, lesson)
 
     def generate(
         self,
@@ -185,9 +185,10 @@ class SpeculativeDecoder:
         session.drafter.begin(lambda columns: Warper(sampling, start, columns))
         session.sequence.extend(prompt)
         clock = Stopwatch(self.pair.target.device)
+        features = None
         if session.target.length < start - 1:
-            session.target.feed(session.sequence[session.target.length : -1])
-        session.drafter.prefill(session.sequence)
+            features = session.target.feed(session.sequence[session.target.length : -1]).features
+        session.drafter.prefill(session.sequence, features)
         prefill_ms = clock.lap()
         rounds: list[RoundRecord] = []
         while not rounds or rounds[-1].stop_reason is None:
@@ -258,6 +259,7 @@ class SpeculativeDecoder:
         draft_ms = clock.lap()
 
         session.target.mark()
+        read = session.target.length
         rows = session.target.feed(sequence[session.target.length :] + drafts, keep=drafted + 1)
         p = run.warp(rows.logits, sequence + drafts, context)
         verdict = run.rule.judge(p, proposal.q, drafts, context)
@@ -277,7 +279,10 @@ class SpeculativeDecoder:
         sequence.extend(new[: cut.kept])
         session.generated += cut.kept
         session.target.rollback(len(sequence) - 1)
-        session.drafter.commit(len(sequence))
+        kept = slice(len(sequence) - 1 - read)
+        session.drafter.commit(
+            len(sequence), None if rows.features is None else rows.features[kept]
+        )
         verify_ms = clock.lap()
 
         if session.pending and (reason or len(session.pending) >= MAX_LAG):
@@ -334,7 +339,10 @@ class SpeculativeDecoder:
             return None
         emitted = len(session.sequence) - context
         log_mass = (rows.logits[:emitted].float() / run.temperature).logsumexp(-1)
-        evidence = Evidence(context, rows.hidden[:emitted], log_mass)
+        features = None
+        if rows.features is not None:  # of all rows that were fed, the last are those verified
+            features = rows.features[-len(rows.hidden) :][:emitted]
+        evidence = Evidence(context, rows.hidden[:emitted], log_mass, features)
         self.coordinator.observe(session.lesson, evidence, drafted > 0, clock.total())
         if ended:  # nobody may ever draft again; if the session goes on, its next round learns
             return None
@@ -397,4 +405,4 @@ def _settle(session: Session, late: Distribution | None) -> list[tuple[int, floa
 def _coordinator(pair: ModelPair, config: DistillConfig) -> "Coordinator":
     from tts.coordinator import Coordinator  # PEFT takes seconds to load
 
-    return Coordinator(pair.draft_model, pair.target.get_output_embeddings().weight, config)
+    return Coordinator(pair.draft, pair.target.get_output_embeddings().weight, config)

@@ -36,7 +36,8 @@ def _forward(
     **kwargs: Any,
 ) -> BaseModelOutputWithPast:
     """`LlamaModel.forward`, shorter for a pass that appends tokens to a `RollbackCache`."""
-    asked = {name for name, value in kwargs.items() if value} - {"use_cache"}
+    asked = {name for name, value in kwargs.items() if value}
+    asked -= {"use_cache", "output_hidden_states"}
     plain = (
         isinstance(past_key_values, RollbackCache)
         and position_ids is None
@@ -61,6 +62,7 @@ def _forward(
     half = sin.shape[-1] // 2
     turn = torch.cat([-sin[..., :half], sin[..., half:]], -1)[:, None]
     cos = cos[:, None]
+    states = [hidden]
     for layer, stored in zip(self.layers, past_key_values.layers, strict=False):
         module = layer.self_attn
         dim = module.head_dim
@@ -78,7 +80,10 @@ def _forward(
         x = _norm(hidden, layer.post_attention_layernorm)
         mlp = layer.mlp
         hidden = hidden + mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
-    return BaseModelOutputWithPast(_norm(hidden, self.norm), past_key_values)
+        states.append(hidden)
+    states[-1] = _norm(hidden, self.norm)
+    wanted = tuple(states) if kwargs.get("output_hidden_states") else None
+    return BaseModelOutputWithPast(states[-1], past_key_values, wanted)
 
 
 def _norm(x: torch.Tensor, module: Any) -> torch.Tensor:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,15 +23,22 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
 import tts.attention  # noqa: F401  registers the attention implementation "tts"
-from tts.drafting import Draft, PromptLookup, reduced
+from tts.drafting import Draft, PromptLookup, dflash_checkpoint, eagle3_checkpoint, reduced
+from tts.drafting.checkpoint import read_config
 from tts.errors import UserError
 from tts.llama import straighten
 from tts.packing import pack
 from tts.vocabulary import check_same_ids, fingerprint
 
 PROMPT_LOOKUP = "prompt_lookup"
+ATTACHED: Any = (
+    reduced,
+    dflash_checkpoint,
+    eagle3_checkpoint,
+)  # drafts that use parts of their target
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -107,22 +115,24 @@ def load_pair(
         model = _load(target_folder, "target", dtype, device, stock)
         return ModelPair(model, PromptLookup(), tokenizer, f"{target}+{draft}")
     draft_folder = _resolve(draft, "draft")
-    config = _config(draft_folder, "draft")
-    is_reduced = isinstance(config, reduced.ReducedLlamaConfig)
-    if is_reduced and config.tokenizer_fingerprint != fingerprint(tokenizer):
+    published = read_config(_file(draft_folder, "draft"))
+    family = next((f for f in ATTACHED if f.recognises(published)), None)
+    if family is None:
+        check_same_ids(tokenizer, _tokenizer(draft_folder, "draft"))
+        model = _load(target_folder, "target", dtype, device, stock)
+        small = _load(draft_folder, "draft", dtype, device, stock)
+        return ModelPair(model, small, tokenizer, f"{target}+{draft}")
+    if published.get("tokenizer_fingerprint") not in (None, "", fingerprint(tokenizer)):
         raise UserError(
             f"draft: {draft!r} was trained for another tokenizer than that of {target!r}: "
             "use the draft of this target"
         )
-    if not is_reduced:
-        check_same_ids(tokenizer, _tokenizer(draft_folder, "draft"))
+    folder = _fetched(draft_folder)
+    config = family.configure(folder, _config(target_folder, "target").get_text_config())
     model = _load(target_folder, "target", dtype, device, stock)
-    if is_reduced:
-        small = reduced.load(Path(draft_folder), model)
-        if not stock:
-            _quicken(small)
-    else:
-        small = _load(draft_folder, "draft", dtype, device, stock)
+    small = family.load(folder, config, model)
+    if not stock:
+        _quicken(small)
     return ModelPair(model, small, tokenizer, f"{target}+{draft}")
 
 
@@ -218,6 +228,28 @@ def _tokenizer(folder: str, field: str) -> PreTrainedTokenizerBase:
 
 def _config(folder: str, field: str) -> PreTrainedConfig:
     return _pretrained(AutoConfig, folder, f"{field} config")
+
+
+def _file(folder: str, field: str) -> Path:
+    """The ``config.json`` of a folder or hub id."""
+    try:
+        file = cached_file(folder, "config.json")
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{field}: cannot load {folder!r}: {reason}") from None
+    assert file is not None
+    return Path(file)
+
+
+def _fetched(draft: str) -> Path:
+    """The folder of a draft that may be a hub id; what would be executed is not fetched."""
+    if Path(draft).is_dir():
+        return Path(draft)
+    try:
+        return Path(snapshot_download(draft, allow_patterns=["*.json", "*.safetensors", "*.bin"]))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"draft: cannot load {draft!r}: {reason}") from None
 
 
 def _load(folder: str, field: str, dtype: str, device: str, stock: bool) -> PreTrainedModel:

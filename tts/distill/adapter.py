@@ -46,19 +46,20 @@ class Adapter:
         layers: tuple[int, ...] | None = None,
         seed: int = 0,
     ) -> None:
+        chosen = _linears(draft, targets, layers)
+        if not chosen:
+            raise UserError(
+                f"targets, layers: the draft has no {', '.join(targets)} there: name its own layers"
+            )
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha,  # type: ignore[arg-type]
-            target_modules=list(targets),
-            layers_to_transform=None if layers is None else list(layers),
+            target_modules=chosen,
         )
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers
             torch.manual_seed(seed)
-            try:
-                self.model: PeftModel = get_peft_model(shared_copy(draft), config)
-            except ValueError as error:
-                raise UserError(f"targets, layers: {error}") from None
+            self.model: PeftModel = get_peft_model(shared_copy(draft), config)
         self._initial = {k: v.detach().clone() for k, v in self.parameters().items()}
         adapted = [
             (name.removeprefix("base_model.model."), module)
@@ -101,6 +102,19 @@ class Adapter:
     def reset(self) -> None:
         """Back to the start: BA = 0."""
         self.load(self._initial)
+
+
+def _linears(
+    model: PreTrainedModel, targets: tuple[str, ...], layers: tuple[int, ...] | None
+) -> list[str]:
+    """Full names of the linear layers called as one of ``targets``, in these decoder layers."""
+    chosen = []
+    for name, module in model.named_modules():
+        *path, last = name.split(".")
+        inside = layers is None or any(part.isdigit() and int(part) in layers for part in path)
+        if isinstance(module, nn.Linear) and last in targets and inside:
+            chosen.append(name)
+    return chosen
 
 
 def shared_copy(model: PreTrainedModel) -> Any:

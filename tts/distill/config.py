@@ -20,8 +20,8 @@ class DistillConfig:
         beta2: of AdamW.
         rank: of the adapter.
         alpha: its scaling is alpha / rank.
-        targets: linear layers that are adapted.
-        layers: decoder layers that are adapted (None: all).
+        targets: linear layers that are adapted (none: those that suit the draft).
+        layers: decoder layers that are adapted (None: all that suit the draft).
         stride: committed positions between two steps.
         window: newest positions a step learns from.
         replay: further windows a step learns from, drawn from the older evidence.
@@ -44,9 +44,7 @@ class DistillConfig:
     beta2: float = 0.95
     rank: int = 16
     alpha: float = 32.0
-    targets: tuple[str, ...] = (
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-    )  # fmt: skip
+    targets: tuple[str, ...] = ()
     layers: tuple[int, ...] | None = None
     stride: int = 32
     window: int = 32
@@ -78,5 +76,4 @@ class DistillConfig:
             check(field, getattr(self, field) >= 0, "at least 0")
         for field in ("beta1", "beta2"):
             check(field, 0 <= getattr(self, field) < 1, "in [0, 1)")
-        check("targets", bool(self.targets), "a list of layer names")
         check("capacity", self.capacity >= self.window, f"at least the window of {self.window}")

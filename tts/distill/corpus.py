@@ -79,6 +79,10 @@ class Corpus:
         pad = torch.nn.functional.pad
         self.tokens = torch.cat([pad(t, (0, length - t.shape[1])) for t in tokens])
         self.counts = torch.cat([pad(c, (0, length - 1 - c.shape[1])) for c in counts])
+        # rows of each sequence up to the last that counts: nothing is learned after them
+        rows = torch.arange(1, length)
+        self.lengths: list[int] = (self.counts * rows).amax(1).tolist()
+        self.files = files
         self._first_sequence = [0]
         self._first_row: list[int] = []  # of each sequence, within its shard
         for part in counts:
@@ -89,11 +93,19 @@ class Corpus:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def shard(self, sequence: int) -> int:
+        """Index in ``files`` of the shard that holds ``sequence``."""
+        return bisect_right(self._first_sequence, sequence) - 1
+
+    def sequences(self, shard: int) -> range:
+        """The sequences of a shard."""
+        return range(self._first_sequence[shard], self._first_sequence[shard + 1])
+
     def teacher(self, sequences: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(hidden [R, H], log_mass [R]) of the counted rows of ``sequences``, in their order."""
         hidden, log_mass = [], []
         for sequence in sequences.tolist():
-            shard = self._shards[bisect_right(self._first_sequence, sequence) - 1]
+            shard = self._shards[self.shard(sequence)]
             start = self._first_row[sequence]
             rows = slice(start, start + int(self.counts[sequence].sum()))
             hidden.append(shard.get_slice("hidden")[rows])

@@ -1,6 +1,8 @@
 """What the target said about the committed positions, bounded in size and kept on the device."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -12,6 +14,7 @@ class Rows:
     first: int  # absolute position of the token that the first row predicted
     hidden: torch.Tensor  # [R, hidden] the target's state after its final norm
     log_mass: torch.Tensor  # float32 [R] logsumexp of its logits / temperature
+    features: torch.Tensor | None = None  # [R, layers x hidden] for a draft that reads them
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -20,6 +23,33 @@ class Rows:
     def end(self) -> int:
         """One past the last position."""
         return self.first + len(self)
+
+    def __getitem__(self, rows: slice) -> "Rows":
+        start, stop, _ = rows.indices(len(self))
+        return Rows(self.first + start, *_each(lambda x: x[start:stop], self))
+
+    def copy(self) -> "Rows":
+        """With memory of its own."""
+        return Rows(self.first, *_each(torch.clone, self))
+
+    @staticmethod
+    def join(parts: "list[Rows]") -> "Rows":
+        """One piece out of consecutive ones."""
+        if len(parts) == 1:
+            return parts[0]
+        whole = [
+            None if part is None else torch.cat([getattr(p, name) for p in parts])
+            for name, part in zip(TENSORS, _each(lambda x: x, parts[0]), strict=True)
+        ]
+        return Rows(parts[0].first, *whole)  # type: ignore[arg-type]
+
+
+TENSORS = ("hidden", "log_mass", "features")
+
+
+def _each(do: Callable[[torch.Tensor], torch.Tensor], rows: Rows) -> Any:
+    values = (getattr(rows, name) for name in TENSORS)
+    return [None if value is None else do(value) for value in values]
 
 
 class Evidence:
@@ -39,7 +69,7 @@ class Evidence:
 
     def add(self, rows: Rows) -> None:
         """Append rows of positions after all others."""
-        self._parts.append(Rows(rows.first, rows.hidden.clone(), rows.log_mass.clone()))
+        self._parts.append(rows.copy())
         self._size += len(rows)
         while self._size - len(self._parts[0]) >= self._capacity:
             self._size -= len(self._parts.pop(0))
@@ -61,14 +91,9 @@ class Evidence:
                 break
         if not chosen:
             return None
-        whole = Rows(
-            chosen[-1].first,
-            torch.cat([part.hidden for part in reversed(chosen)]),
-            torch.cat([part.log_mass for part in reversed(chosen)]),
-        )
+        whole = Rows.join(chosen[::-1])
         last = min(end, whole.end) - whole.first
-        cut = slice(max(0, last - count), last)
-        return Rows(whole.first + cut.start, whole.hidden[cut], whole.log_mass[cut])
+        return whole[max(0, last - count) : last]
 
     def draw(self, count: int, end: int, random: torch.Generator) -> Rows | None:
         """A window that ends at a random position before ``end``."""

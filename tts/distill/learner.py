@@ -1,33 +1,23 @@
 """One gradient step on the draft's adapter, from what the target said about committed text.
 
-The draft is run over a window of committed tokens with its own cached keys in front, detached; the
+The drafter replays a window of committed tokens with its own cached keys in front, detached; the
 loss compares its rows with the target's at the decoding temperature, without truncation. Only the
 adapter moves. Steps happen between rounds, so the q that drafted is the q that is tested.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils import clip_grad_norm_
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from tts.cache import window_mask
 from tts.distill.adapter import Adapter
 from tts.distill.config import DistillConfig
 from tts.distill.evidence import Rows
 from tts.distill.losses import LOSSES, forward_kl, overlap
+from tts.drafting.protocol import TrainableDrafter, Window
 from tts.errors import UserError
-
-Prefix = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer
-
-
-class Window(NamedTuple):
-    """What a step learns from: evidence rows and the draft's context in front of them."""
-
-    rows: Rows
-    tokens: list[int]  # one a row: the token before the one that the row predicts
-    prefix: Prefix  # the draft's keys and values of the tokens before those
-    sight: int | None = None  # positions that the draft sees (None: all)
 
 
 class Step(NamedTuple):
@@ -35,8 +25,8 @@ class Step(NamedTuple):
 
     loss: float
     grad_norm: float
-    overlap: torch.Tensor  # [R] at the newest window's rows, before the step
-    bare_overlap: torch.Tensor | None  # [F] of the bare draft at the last of them, if given
+    overlap: float  # mean over the newest window's rows, before the step
+    gain: float | None  # of the adapted draft's overlap over the bare one's, at the fresh rows
     lost_mass: float  # of the target outside the draft's vocabulary
     skipped: bool  # the loss or a gradient was not finite, and nothing moved
 
@@ -46,15 +36,25 @@ class Learner:
 
     Args:
         draft: the user's; it stays as it is.
+        family: the drafter that runs it.
         head: weight of the target's language-model head `[vocab, hidden]`.
         config: how.
     """
 
-    def __init__(self, draft: PreTrainedModel, head: torch.Tensor, config: DistillConfig) -> None:
-        self.config = config
-        self.adapter = Adapter(
-            draft, config.rank, config.alpha, config.targets, config.layers, config.seed
-        )
+    def __init__(
+        self,
+        draft: PreTrainedModel,
+        family: type[TrainableDrafter],
+        head: torch.Tensor,
+        config: DistillConfig,
+    ) -> None:
+        targets = config.targets or family.targets
+        layers = family.adaptable(draft) if config.layers is None else config.layers
+        if family.shares_keys:
+            _check_keys("targets", targets, family.targets)
+            _check_keys("layers", layers, family.adaptable(draft))
+        self.config, self._family = config, family
+        self.adapter = Adapter(draft, config.rank, config.alpha, targets, layers, config.seed)
         ids = getattr(draft, "draft_ids", slice(draft.get_output_embeddings().weight.shape[0]))
         self._head = head.detach()[ids]
         self.random = torch.Generator().manual_seed(config.seed)
@@ -88,29 +88,40 @@ class Learner:
         )
 
     def step(
-        self, windows: list[Window], temperature: float, log_q_bare: torch.Tensor | None = None
+        self,
+        windows: list[Window],
+        temperature: float,
+        bare: torch.Tensor | None = None,
+        fresh: int = 0,
     ) -> Step:
         """Learn from ``windows``, the newest first.
 
         Args:
             windows: evidence and contexts.
             temperature: at which p and q are compared.
-            log_q_bare: the bare draft's last F rows of the newest window, to compare with and for
-                the proximal term.
+            bare: logits of the bare draft where the newest window's replay predicts position
+                ``fresh`` or later, to compare with and for the proximal term.
+            fresh: absolute position.
         """
         config = self.config
         for group in self._optimizer.param_groups:
             group["lr"] = self.rate * min(1.0, (self.steps + 1) / max(1, config.warmup))
         with torch.enable_grad():
-            compared = [
-                (self.log_p(window.rows, temperature), self._log_q(window, temperature))
-                for window in windows
-            ]
-            loss = torch.stack([LOSSES[config.loss](*pair).mean() for pair in compared]).mean()
-            log_p, log_q = compared[0]
-            if log_q_bare is not None and config.proximal:
-                near = forward_kl(log_q_bare, log_q[-len(log_q_bare) :]).mean()
-                loss = loss + config.proximal * near
+            losses, compared = [], []
+            for window in windows:
+                said = self._family.replay(self.adapter.model.get_base_model(), window)
+                log_p = self.log_p(window.rows, temperature)[said.row]
+                log_q = self.normalised(said.logits, temperature)
+                weight = said.weight / said.weight.sum()
+                losses.append(LOSSES[config.loss](log_p, log_q) @ weight)
+                compared.append((said, log_p, log_q))
+            loss = torch.stack(losses).mean()
+            said, log_p, log_q = compared[0]
+            new = said.row >= fresh - windows[0].rows.first
+            if bare is not None:
+                log_q_bare = self.normalised(bare, temperature)
+                if config.proximal:
+                    loss = loss + config.proximal * forward_kl(log_q_bare, log_q[new]).mean()
             loss.backward()
         norm = clip_grad_norm_(self.adapter.parameters().values(), config.clip)
         skipped = not bool(torch.isfinite(norm) & torch.isfinite(loss))
@@ -120,9 +131,12 @@ class Learner:
             self.taught = True
         self._optimizer.zero_grad()
         lost_mass = 1 - log_p.exp().sum(-1).mean()
-        shared = overlap(log_p, log_q.detach())
-        bare = None if log_q_bare is None else overlap(log_p[-len(log_q_bare) :], log_q_bare)
-        return Step(float(loss.detach()), float(norm), shared, bare, float(lost_mass), skipped)
+        shared, gain = overlap(log_p, log_q.detach()), None
+        if bare is not None:
+            gain = float((shared[new] - overlap(log_p[new], log_q_bare)).mean())
+        return Step(
+            float(loss.detach()), float(norm), float(shared.mean()), gain, float(lost_mass), skipped
+        )
 
     def log_p(self, rows: Rows, temperature: float) -> torch.Tensor:
         """log p of the draft's ids at ``rows`` `[R, ids]`, not renormalised."""
@@ -132,25 +146,6 @@ class Learner:
     def normalised(self, logits: torch.Tensor, temperature: float) -> torch.Tensor:
         """log q `[R, ids]` of a draft's ``logits``; padding beyond the target's ids is cut off."""
         return (logits[:, : len(self._head)].float() / temperature).log_softmax(-1)
-
-    def _log_q(self, window: Window, temperature: float) -> torch.Tensor:
-        """log q of the adapted draft at the window's rows `[R, ids]`, with its graph."""
-        model: Any = self.adapter.model.get_base_model()
-        cache = DynamicCache()
-        for layer, (keys, values) in enumerate(window.prefix):
-            cache.update(keys, values, layer)
-        reduced = {"full_width": False} if hasattr(model, "draft_ids") else {}
-        first, rows = window.rows.first - 1, len(window.tokens)
-        mask = window_mask(window.sight, first, rows)
-        output = model(
-            input_ids=torch.tensor([window.tokens], device=model.device),
-            attention_mask=None if mask is None else mask.to(model.device),
-            position_ids=torch.arange(first, first + rows, device=model.device)[None],
-            past_key_values=cache,
-            use_cache=True,
-            **reduced,
-        )
-        return self.normalised(output.logits[0], temperature)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Adapter, optimizer, learning rate and random state as flat tensors."""
@@ -191,3 +186,14 @@ class Learner:
             if values:
                 self._optimizer.state[parameter] = {k: v.clone() for k, v in values.items()}
         self.adapter.write()
+
+
+def _check_keys(field: str, asked: Iterable[Any] | None, legal: Iterable[Any] | None) -> None:
+    """Raise UserError if adapting what was asked for would leave cached keys stale."""
+    if asked is not None and legal is not None:
+        stale = [str(name) for name in asked if name not in legal]
+        if stale:
+            raise UserError(
+                f"{field}: {', '.join(stale)} would leave this draft's cached keys stale: choose "
+                f"from {', '.join(map(str, legal))}"
+            )

@@ -11,19 +11,28 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from tts.distill.corpus import Corpus
+from tts.distill.features import Features
 from tts.distill.losses import LOSSES, overlap
-from tts.drafting import reduced
+from tts.distill.students import Predictions, Student
 from tts.errors import UserError
 
 # logit rows held at a time: on a CPU few enough that the allocator reuses the same pages
 ROWS = {"cpu": 384, "cuda": 8192}
 GAMMA = 4  # acceptance length is reported at this speculation length
+LENT = ("embed_tokens.weight", "lm_head.weight")  # the target's, never trained
+
+
+class Text(NamedTuple):
+    """A corpus, and what the target's layers hold over it if the draft reads them."""
+
+    corpus: Corpus
+    features: Features | None = None
 
 
 @dataclass(frozen=True)
@@ -32,9 +41,14 @@ class OfflineConfig:
 
     Args:
         layers: layers of the target that the draft's start as copies of.
+        features: hidden states of the target that a drafter which reads it is given.
         draft_vocab_size: how many of the most frequent generated ids the draft predicts.
         loss: one of `tts.distill.losses.LOSSES`.
         warm_share: share of the steps that run on forward KL first.
+        depth: steps of a chain in training; slots of a block.
+        mask_token_id: an id that text never holds, whose embedding stands for unknown tokens.
+        root_share: share of the positions that a chain or a block is drafted from.
+        decay: weight of a row at depth i is decay^i.
         temperature: at which p and q are compared: that of decoding.
         batch_size: sequences a step.
         visits: tokens to train on, repetitions counted.
@@ -46,9 +60,14 @@ class OfflineConfig:
     """
 
     layers: tuple[int, ...] = (0, 29)
+    features: tuple[int, ...] = (2, 15, 28)
     draft_vocab_size: int = 16384
     loss: str = "overlap"
     warm_share: float = 0.5
+    depth: int = 4
+    mask_token_id: int = 16
+    root_share: float = 0.3
+    decay: float = 0.8
     temperature: float = 0.8
     batch_size: int = 64
     visits: int = 2_000_000
@@ -62,10 +81,10 @@ class OfflineConfig:
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
             raise UserError(f"loss: {self.loss!r} is not one of {', '.join(LOSSES)}")
-        for name in ("draft_vocab_size", "batch_size", "visits", "every"):
+        for name in ("draft_vocab_size", "batch_size", "visits", "every", "depth"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: {getattr(self, name)} is not positive: use at least 1")
-        for name in ("temperature", "learning_rate", "clip"):
+        for name in ("temperature", "learning_rate", "clip", "decay"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name}: {getattr(self, name)} is not positive")
         if not 0 <= self.warm_share <= 1:
@@ -94,28 +113,23 @@ def frequent_ids(corpus: Corpus, size: int, always: list[int]) -> torch.Tensor:
 
 
 class OfflineTrainer:
-    """Trains ``draft`` on ``corpus``; state lives in ``folder`` and is resumed from there.
+    """Trains ``student`` on ``text``; state lives in ``folder`` and is resumed from there.
 
     The corpus may have grown when training is resumed, and the draft's vocabulary changed: neither
     is part of what is trained.
     """
 
     def __init__(
-        self,
-        draft: reduced.ReducedLlamaForCausalLM,
-        corpus: Corpus,
-        held_out: Corpus,
-        config: OfflineConfig,
-        folder: Path,
+        self, student: Student, text: Text, held_out: Text, config: OfflineConfig, folder: Path
     ) -> None:
+        draft = student.model
         # the head rows stay in the target's dtype, as the teacher's are
         self._head = draft.lm_head.weight.detach().clone()
-        self.draft, self.config, self.folder = draft.float().train(), config, folder
-        self._corpus, self._held_out = corpus, held_out
+        draft.float().train()
+        self.student, self.config, self.folder = student, config, folder
+        self._text, self._held_out = text, held_out
         self._parameters = [
-            parameter
-            for name, parameter in draft.named_parameters()
-            if name not in ("model.embed_tokens.weight", "lm_head.weight")
+            parameter for name, parameter in draft.named_parameters() if not name.endswith(LENT)
         ]
         for parameter in self._parameters:
             parameter.requires_grad_(True)
@@ -124,7 +138,7 @@ class OfflineTrainer:
         )
         self.step = 0
         self._seconds = 0.0
-        self.tokens_per_step = config.batch_size * corpus.tokens.shape[1]
+        self.tokens_per_step = config.batch_size * text.corpus.tokens.shape[1]
         self.steps = max(1, config.visits // self.tokens_per_step)
         if self._checkpoint.is_file():
             self._resume()
@@ -149,34 +163,32 @@ class OfflineTrainer:
     @torch.no_grad()
     def evaluate(self, loss: float = math.nan) -> Report:
         """Overlap and acceptance length on the held-out sequences."""
-        corpus, everything = self._held_out, torch.arange(len(self._held_out))
-        counts, shared = corpus.counts, torch.zeros(corpus.counts.shape)
-        shared[counts] = torch.cat(
-            [
-                overlap(log_p, log_q).cpu()
-                for batch in everything.split(self.config.batch_size)
-                for log_p, log_q in self._compare(self._hidden(corpus, batch), corpus, batch)
+        corpus, everything = self._held_out.corpus, torch.arange(len(self._held_out.corpus))
+        counts = corpus.counts
+        shared = torch.full((self.student.depths, *counts.shape), math.nan)
+        for batch in everything.split(self.config.batch_size):
+            rows = self._predict(self._held_out, batch)
+            values = [
+                overlap(p, q).cpu() for p, q in self._compare(rows, rows.hidden, corpus, batch)
             ]
-        )
-        quarters = [
-            (s.sum() / c.sum()).item()
-            for s, c in zip(shared.chunk(4, 1), counts.chunk(4, 1), strict=True)
-        ]
-        ahead, whole = shared.unfold(1, GAMMA, 1), counts.unfold(1, GAMMA, 1).all(-1)
-        accepted = ahead.cumprod(-1).sum(-1)[whole]
+            grid = torch.full((self.student.depths, len(batch) * counts.shape[1]), math.nan)
+            grid[rows.depth.cpu(), rows.position.cpu()] = torch.cat(values)
+            shared[:, batch] = grid.view(-1, len(batch), counts.shape[1])
+        first = shared[0]
+        quarters = [part[~part.isnan()].mean().item() for part in first.chunk(4, 1)]
         return Report(
             self.step,
             self.step * self.tokens_per_step,
             loss,
-            shared[counts].mean().item(),
+            first[~first.isnan()].mean().item(),
             quarters,
-            1 + accepted.mean().item(),
+            _acceptance_length(shared),
             self._seconds,
         )
 
     def _batch(self, step: int) -> torch.Tensor:
         """Sequences of a step: every epoch is a seeded shuffle, so that a step is resumable."""
-        size, total = self.config.batch_size, len(self._corpus)
+        size, total = self.config.batch_size, len(self._text.corpus)
         wanted = torch.arange(step * size, (step + 1) * size)
         batch = torch.empty_like(wanted)
         for epoch in (wanted // total).unique():
@@ -191,41 +203,44 @@ class OfflineTrainer:
             group["lr"] = config.learning_rate * _cosine(self.step, self.steps, config.warmup)
         warm = self.step < config.warm_share * self.steps
         loss_of = LOSSES["forward_kl" if warm else config.loss]
-        hidden = self._hidden(self._corpus, batch)
+        rows = self._predict(self._text, batch)
+        weight = config.decay**rows.depth
+        weight = weight / weight.sum()
         # the head is frozen: its rows are walked through in chunks, gradients meet at its input
-        leaf = hidden.detach().requires_grad_(True)
-        total = torch.zeros((), device=hidden.device)
-        for log_p, log_q in self._compare(leaf, self._corpus, batch):
-            loss = loss_of(log_p, log_q).sum() / len(leaf)
+        leaf = rows.hidden.detach().requires_grad_(True)
+        total = torch.zeros((), device=leaf.device)
+        pairs = self._compare(rows, leaf, self._text.corpus, batch)
+        for (log_p, log_q), part in zip(pairs, weight.split(self._rows), strict=True):
+            loss = loss_of(log_p, log_q) @ part
             loss.backward()
             total += loss.detach()
-        hidden.backward(leaf.grad)
+        rows.hidden.backward(leaf.grad)
         torch.nn.utils.clip_grad_norm_(self._parameters, config.clip)
         self._optimizer.step()
         self._optimizer.zero_grad()
         return total
 
-    def _hidden(self, corpus: Corpus, batch: torch.Tensor) -> torch.Tensor:
-        """The draft's final hidden states of the counted rows of ``batch``, `[rows, hidden]`."""
-        device = self.draft.device
-        tokens = corpus.tokens[batch][:, :-1].to(device)
-        counts = corpus.counts[batch].to(device)
-        with torch.autocast(device.type, torch.bfloat16):
-            return self.draft.model(input_ids=tokens).last_hidden_state[counts].float()
+    def _predict(self, text: Text, batch: torch.Tensor) -> Predictions:
+        with torch.autocast(self._head.device.type, torch.bfloat16):
+            rows = self.student.predict(text.corpus, text.features, batch)
+        return rows._replace(hidden=rows.hidden.float())
 
     def _compare(
-        self, hidden: torch.Tensor, corpus: Corpus, batch: torch.Tensor
+        self, rows: Predictions, hidden: torch.Tensor, corpus: Corpus, batch: torch.Tensor
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(log p, log q) over the draft's ids, a few rows at a time; p's other mass is missing."""
         head, temperature = self._head, self.config.temperature
-        rows = ROWS.get(head.device.type, ROWS["cuda"])
         teacher, log_mass = (x.to(head.device) for x in corpus.teacher(batch))
-        for own, target, mass in zip(
-            hidden.split(rows), teacher.split(rows), log_mass.split(rows), strict=True
-        ):
-            log_p = (target.to(head.dtype) @ head.T).float() / temperature - mass[:, None]
+        counted = corpus.counts[batch].flatten().to(head.device)
+        index = (counted.cumsum(0) - 1)[rows.position]  # of the teacher's row
+        for own, at in zip(hidden.split(self._rows), index.split(self._rows), strict=True):
+            log_p = (teacher[at].to(head.dtype) @ head.T).float() / temperature
             log_q = ((own.to(head.dtype) @ head.T).float() / temperature).log_softmax(-1)
-            yield log_p, log_q
+            yield log_p - log_mass[at, None], log_q
+
+    @property
+    def _rows(self) -> int:
+        return ROWS.get(self._head.device.type, ROWS["cuda"])
 
     @property
     def _checkpoint(self) -> Path:
@@ -242,7 +257,7 @@ class OfflineTrainer:
         partial = self._checkpoint.with_suffix(".partial")
         save_file({k: v.cpu() for k, v in tensors.items()}, partial)
         partial.rename(self._checkpoint)
-        reduced.save(self.draft, self.folder)
+        self.student.save(self.folder)
 
     def _resume(self) -> None:
         tensors: dict[str, Any] = load_file(self._checkpoint)
@@ -258,6 +273,21 @@ class OfflineTrainer:
                 key: tensors[f"{i}.{key}"].to("cpu" if key == "step" else parameter.device)
                 for key in ("step", "exp_avg", "exp_avg_sq")
             }
+
+
+def _acceptance_length(shared: torch.Tensor) -> float:
+    """1 + expected drafts accepted at `GAMMA`, mean over roots whose block was all measured.
+
+    Args:
+        shared: overlap `[depths, sequences, positions]`, nan where nothing was predicted; a draft
+            with a single depth is as good at every other.
+    """
+    if len(shared) == 1:
+        shared = shared.expand(GAMMA, -1, -1)
+    ahead = shared.shape[2] - GAMMA + 1
+    block = torch.stack([shared[i, :, i : i + ahead] for i in range(GAMMA)])
+    accepted = block.cumprod(0).sum(0)
+    return 1 + accepted[~accepted.isnan()].mean().item()
 
 
 def _cosine(step: int, steps: int, warmup: int) -> float:

@@ -4,10 +4,16 @@ from typing import TypeAlias
 
 from transformers import PreTrainedModel
 
+from tts.cached_model import CachedModel
 from tts.drafting.autoregressive import AutoregressiveDrafter
+from tts.drafting.dflash import DFlashDrafter
+from tts.drafting.dflash_model import DFlash
+from tts.drafting.eagle3 import Eagle3Drafter
+from tts.drafting.eagle3_model import Eagle3
 from tts.drafting.pard import PardDrafter, mask_token
 from tts.drafting.prompt_lookup import PromptLookup, PromptLookupDrafter
-from tts.drafting.protocol import Drafter
+from tts.drafting.protocol import Drafter, TrainableDrafter
+from tts.errors import UserError
 
 Draft: TypeAlias = (
     PreTrainedModel | PromptLookup
@@ -24,5 +30,29 @@ def make_drafter(draft: Draft, vocab_size: int, window: int | None = None) -> Dr
     """
     if isinstance(draft, PromptLookup):
         return PromptLookupDrafter(draft, window)
+    if isinstance(draft, Eagle3):
+        return Eagle3Drafter(draft, vocab_size, window)
+    if isinstance(draft, DFlash):
+        return DFlashDrafter(draft, vocab_size, window)
     family = AutoregressiveDrafter if mask_token(draft) is None else PardDrafter
     return family(draft, vocab_size, window)
+
+
+def trainable(draft: Draft) -> tuple[PreTrainedModel, type[TrainableDrafter]]:
+    """The model that can learn while it drafts, and the drafter that replays it.
+
+    Raises:
+        UserError: if the draft is no model, or has recurrent layers.
+    """
+    if isinstance(draft, PromptLookup):
+        raise UserError("distill: prompt_lookup copies, there is nothing to train: give a model")
+    if isinstance(draft, Eagle3):
+        return draft, Eagle3Drafter
+    if isinstance(draft, DFlash):
+        return draft, DFlashDrafter
+    if CachedModel(draft).cache.is_recurrent:
+        raise UserError(
+            "distill: the draft has recurrent layers, whose past states are not kept: use a "
+            "draft with attention only"
+        )
+    return draft, AutoregressiveDrafter if mask_token(draft) is None else PardDrafter

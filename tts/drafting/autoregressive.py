@@ -1,17 +1,18 @@
 """An independent small language model that drafts token by token."""
 
-from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel
 
+from tts.cache import filled, window_mask
 from tts.cached_model import CachedModel, Rows
-from tts.drafting.protocol import Draw, Proposal
-from tts.policy import Signals, signals
-from tts.sampling import Distribution, Warper, join
+from tts.distill.evidence import Rows as Evidence
+from tts.drafting.chain import ChainDrafter
+from tts.drafting.protocol import Replay, Window
 
 
-class AutoregressiveDrafter:
+class AutoregressiveDrafter(ChainDrafter):
     """Drafts with ``model``, an ordinary causal language model with the target's token ids.
 
     After drafting g tokens the cache lacks the last one, so a fully accepted block leaves it one
@@ -24,69 +25,80 @@ class AutoregressiveDrafter:
         window: sliding window over the draft's context (None: the whole context).
     """
 
+    layers: tuple[int, ...] = ()
+    targets: ClassVar[tuple[str, ...]] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+    least_rows: ClassVar[int] = 1
+    shares_keys: ClassVar[bool] = False
+
     def __init__(self, model: PreTrainedModel, vocab_size: int, window: int | None = None) -> None:
         self._cached = CachedModel(model, window)
-        self._width = vocab_size if self._cached.columns is None else None
+        self.columns = self._cached.columns
+        self._width = vocab_size if self.columns is None else None
+        self._bare: CachedModel | None = None  # the bare draft on its own keys
 
-    def begin(self, warper: Callable[..., Warper]) -> None:
-        self._warp = warper(self._cached.columns)
-
-    def prefill(self, sequence: list[int]) -> None:
+    def prefill(self, sequence: list[int], features: torch.Tensor | None) -> None:
         missing = sequence[self._cached.length : -1]
         if missing:
             self._feed(missing)
 
-    def propose(
-        self,
-        sequence: list[int],
-        gamma: int,
-        pending: int,
-        draw: Draw,
-        proceed: Callable[[Signals], bool],
-    ) -> Proposal:
-        logits = self._first_rows(sequence, gamma, pending)
-        start = len(sequence)
-        warped = self._warp(logits, sequence, start - pending)
-        late = warped[:pending] if pending else None
-        tokens: list[int] = []
-        drawn: list[Distribution] = []
-        said: list[Signals] = []
-        logits, q = logits[pending:], warped[pending:]
-        while True:
-            token = draw(q, start + len(tokens))
-            probability = float(q.of(q.ids.new_tensor([[token]])))
-            said.append(signals(logits[0], len(tokens), probability))
-            tokens.append(token)
-            drawn.append(q)
-            if len(tokens) == gamma or not proceed(said[-1]):
-                return Proposal(tokens, join(drawn), said, late)
-            logits = self._next_row(tokens)
-            q = self._warp(logits, sequence + tokens, start + len(tokens))
-
     def _first_rows(self, sequence: list[int], gamma: int, pending: int) -> torch.Tensor:
-        """Logits `[pending + 1, columns]` for the pending positions and the first draft."""
         rows = self._feed(sequence[self._cached.length :], keep=pending + 1)
         self._cached.mark()
         return rows.logits
 
     def _next_row(self, tokens: list[int]) -> torch.Tensor:
-        """Logits `[1, columns]` for the draft after ``tokens``, the drafts so far."""
         return self._feed(tokens[-1:]).logits
 
-    def catch_up(self, sequence: list[int], pending: int) -> Distribution:
-        fed = sequence[self._cached.length : -1]
-        rows = self._feed(fed, keep=pending)
-        return self._warp(rows.logits, sequence, len(sequence) - pending)
+    def _late_rows(self, sequence: list[int], pending: int) -> torch.Tensor:
+        return self._feed(sequence[self._cached.length : -1], keep=pending).logits
 
-    def commit(self, length: int) -> None:
+    def commit(self, length: int, features: torch.Tensor | None) -> None:
         # the newest committed token is never in the cache
         self._cached.rollback(min(self._cached.length, length - 1))
 
-    def keys_values(self, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return self._cached.cache.keys_values(length)
+    @staticmethod
+    def adaptable(model: Any) -> tuple[int, ...] | None:
+        return None
 
-    def lend(self, bare: CachedModel, length: int) -> None:
-        bare.adopt(self._cached, length)
+    def window(self, sequence: list[int], rows: Evidence) -> Window:
+        start, end = rows.first - 1, rows.end - 1
+        cache = self._cached.cache
+        return Window(rows, sequence[start:end], cache.keys_values(start), cache.window)
+
+    @staticmethod
+    def replay(model: Any, window: Window) -> Replay:
+        reduced = {"full_width": False} if hasattr(model, "draft_ids") else {}
+        first, rows = window.rows.first - 1, len(window.tokens)
+        mask = window_mask(window.sight, first, rows)
+        output = model(
+            input_ids=torch.tensor([window.tokens], device=model.device),
+            attention_mask=None if mask is None else mask.to(model.device),
+            position_ids=torch.arange(first, first + rows, device=model.device)[None],
+            past_key_values=filled(window.prefix),
+            use_cache=True,
+            **reduced,
+        )
+        every = torch.arange(rows, device=model.device)
+        return Replay(output.logits[0], every, torch.ones(rows, device=model.device))
+
+    def bare(
+        self, model: PreTrainedModel, sequence: list[int], window: Window, fresh: int, clean: bool
+    ) -> torch.Tensor:
+        if self._bare is None:
+            self._bare = CachedModel(model, self._cached.cache.window)
+        if clean and not self._bare.length:  # instead of reading the context once more
+            self._bare.adopt(self._cached, fresh - 1)
+        end = window.rows.end
+        self._bare.rollback(min(self._bare.length, fresh - 1))
+        return self._bare.feed(sequence[self._bare.length : end - 1], keep=end - fresh).logits
 
     def recompute(self, sequence: list[int], count: int) -> None:
         length = self._cached.length

@@ -1,10 +1,19 @@
 """PARD: all drafts of a round from one pass, with mask tokens (arXiv 2504.18583)."""
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
+from tts.cache import filled
+from tts.cached_model import CachedModel
 from tts.drafting.autoregressive import AutoregressiveDrafter
+from tts.drafting.protocol import Replay, Window
 from tts.errors import UserError
+
+DEPTH = 4  # tokens a root predicts when an update replays it: one from its own row, then masks
+SPACING = 2  # positions between roots
+DECAY = 0.8  # weight of a row against the one before
 
 
 def mask_token(model: PreTrainedModel) -> int | None:
@@ -50,3 +59,56 @@ class PardDrafter(AutoregressiveDrafter):
 
     def _next_row(self, tokens: list[int]) -> torch.Tensor:
         return self._block[len(tokens) :][:1]
+
+    @staticmethod
+    def replay(model: Any, window: Window) -> Replay:
+        """Every row, and the masks after every other one, in one pass.
+
+        The mask j behind root t stands at position t + j and sees the text up to t and the masks of
+        the same root before it.
+        """
+        device, count = model.device, len(window.tokens)
+        first = window.rows.first - 1
+        root = torch.arange(count - 1, -1, -SPACING, device=device).flip(0)
+        step = torch.arange(1, DEPTH, device=device)
+        behind, ahead = (x.flatten() for x in torch.meshgrid(root, step, indexing="ij"))
+        known = behind + ahead < count
+        behind, ahead = behind[known], ahead[known]
+        ids = torch.tensor(window.tokens, device=device)
+        ids = torch.cat([ids, ids.new_full((len(behind),), model.config.pard_token)])
+        row = torch.cat([torch.arange(count, device=device), behind + ahead])
+        held = window.prefix[0][0].shape[2]
+        # what a row sees of the text: up to itself, or to its root, within its window
+        text = torch.cat([torch.arange(count, device=device), behind])[:, None]
+        key = torch.arange(-held, count, device=device)
+        seen = key <= text
+        if window.sight is not None:
+            seen &= key > row[:, None] - window.sight
+        mask = torch.zeros(len(ids), held + len(ids), dtype=torch.bool, device=device)
+        mask[:, : held + count] = seen
+        same = behind[:, None] == behind
+        mask[count:, held + count :] = same & (ahead <= ahead[:, None])
+        output = model(
+            input_ids=ids[None],
+            attention_mask=mask[None, None],
+            position_ids=first + row[None],
+            past_key_values=filled(window.prefix),
+            use_cache=True,
+        )
+        depth = torch.cat([torch.zeros(count, dtype=torch.long, device=device), ahead])
+        return Replay(output.logits[0], row, DECAY**depth)
+
+    def bare(
+        self, model: PreTrainedModel, sequence: list[int], window: Window, fresh: int, clean: bool
+    ) -> torch.Tensor:
+        start = window.rows.first - 1
+        if self._bare is None:
+            self._bare = CachedModel(model, self._cached.cache.window)
+        if clean and not self._bare.length:
+            self._bare.adopt(self._cached, start)
+        self._bare.rollback(min(self._bare.length, start))
+        if start > self._bare.length:
+            self._bare.feed(sequence[self._bare.length : start])
+        with torch.no_grad():
+            said = self.replay(model, window._replace(prefix=self._bare.cache.keys_values(start)))
+        return said.logits[said.row >= fresh - window.rows.first]

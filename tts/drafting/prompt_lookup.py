@@ -32,6 +32,8 @@ class PromptLookupDrafter:
     the target's choice. Where nothing matches, nothing is proposed and the overlap is zero.
     """
 
+    layers: tuple[int, ...] = ()
+
     def __init__(self, draft: PromptLookup, window: int | None = None) -> None:
         self._window = window  # copy only from the newest so many tokens (None: all)
         # for each n: n-gram -> position after its latest occurrence
@@ -41,7 +43,7 @@ class PromptLookupDrafter:
     def begin(self, warper: Callable[..., Any]) -> None:
         pass
 
-    def prefill(self, sequence: list[int]) -> None:
+    def prefill(self, sequence: list[int], features: torch.Tensor | None) -> None:
         pass
 
     def propose(
@@ -72,7 +74,7 @@ class PromptLookupDrafter:
             probs.append(0.0 if start is None else 1.0)
         return Distribution(torch.tensor(ids)[:, None], torch.tensor(probs)[:, None])
 
-    def commit(self, length: int) -> None:
+    def commit(self, length: int, features: torch.Tensor | None) -> None:
         pass  # only committed tokens are ever indexed
 
     def _match(self, sequence: list[int], end: int) -> int | None:

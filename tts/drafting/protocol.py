@@ -1,15 +1,17 @@
-"""What the engine asks of a drafter."""
+"""What the engine asks of a drafter, and what the learner asks of one that can be trained."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
+from transformers import PreTrainedModel
 
-from tts.cached_model import CachedModel
+from tts.distill.evidence import Rows
 from tts.policy import Signals
 from tts.sampling import Distribution, Warper
 
 Draw = Callable[[Distribution, int], int]  # (row of q, absolute position) -> token
+Prefix = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer
 
 
 class Proposal(NamedTuple):
@@ -21,15 +23,35 @@ class Proposal(NamedTuple):
     late: Distribution | None  # rows of committed positions that had none, newest last
 
 
+class Window(NamedTuple):
+    """What a step learns from: evidence rows, the draft's inputs there, its context in front."""
+
+    rows: Rows
+    tokens: list[int]  # that the draft is fed
+    prefix: Prefix  # the draft's keys and values before those, detached
+    sight: int | None = None  # positions that the draft sees (None: all)
+
+
+class Replay(NamedTuple):
+    """What a draft says at the rows of a window."""
+
+    logits: torch.Tensor  # [N, columns]
+    row: torch.Tensor  # int64 [N] into the window's rows
+    weight: torch.Tensor  # [N] of the loss, before it is normalised
+
+
 class Drafter(Protocol):
     """Proposes tokens after a committed sequence and follows what was committed."""
+
+    # hidden states of the target that come with what was committed, `[positions, layers x hidden]`
+    layers: tuple[int, ...]
 
     def begin(self, warper: Callable[..., Warper]) -> None:
         """Start a generation: ``warper(columns)`` makes the warping function of this drafter."""
         ...
 
-    def prefill(self, sequence: list[int]) -> None:
-        """Take in everything but the newest token of a prompt."""
+    def prefill(self, sequence: list[int], features: torch.Tensor | None) -> None:
+        """Take in everything but the newest token of a prompt, and the features of what is new."""
         ...
 
     def propose(
@@ -55,23 +77,50 @@ class Drafter(Protocol):
         """Rows of q for the newest ``pending`` >= 1 committed tokens, without drafting."""
         ...
 
-    def commit(self, length: int) -> None:
-        """The committed sequence now has ``length`` tokens; forget everything beyond."""
+    def commit(self, length: int, features: torch.Tensor | None) -> None:
+        """The committed sequence now has ``length`` tokens; forget everything beyond.
+
+        Args:
+            length: tokens committed.
+            features: of the positions that the target has read since the last call and that stay;
+                the newest token is not among them.
+        """
         ...
 
 
 class TrainableDrafter(Drafter, Protocol):
     """A drafter whose model can learn from windows of its own context."""
 
-    def keys_values(self, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Copies of the cached keys and values of the first ``length`` tokens, layer by layer.
+    targets: ClassVar[tuple[str, ...]]  # linear layers that are adapted unless others are named
+    least_rows: ClassVar[int]  # of evidence that a window must have
+    shares_keys: ClassVar[bool]  # adapting them leaves the cached keys of committed text valid
 
-        Under a sliding window, only of those that the token after them sees.
-        """
+    @staticmethod
+    def adaptable(model: Any) -> tuple[int, ...] | None:
+        """Decoder layers of ``model`` that may be adapted (None: all)."""
         ...
 
-    def lend(self, bare: CachedModel, length: int) -> None:
-        """Fill the empty cache of ``bare``, which runs the same weights, with ``length`` tokens."""
+    def window(self, sequence: list[int], rows: Rows) -> Window:
+        """The drafter's inputs at ``rows``, and copies of its keys and values before them."""
+        ...
+
+    @staticmethod
+    def replay(model: Any, window: Window) -> Replay:
+        """What ``model``, of this drafter's kind, says at the window's rows, with its graph."""
+        ...
+
+    def bare(
+        self, model: PreTrainedModel, sequence: list[int], window: Window, fresh: int, clean: bool
+    ) -> torch.Tensor:
+        """Logits of the bare draft ``model`` where `replay` predicts position ``fresh`` or later.
+
+        Args:
+            model: the draft without its adapter.
+            sequence: all committed tokens.
+            window: the rows asked for.
+            fresh: absolute position.
+            clean: the live draft is still the bare one.
+        """
         ...
 
     def recompute(self, sequence: list[int], count: int) -> None:

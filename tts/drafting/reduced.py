@@ -7,16 +7,22 @@ it as an assistant.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, GenerationMixin, LlamaConfig, LlamaModel, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    GenerationMixin,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from tts.errors import UserError
-
-WEIGHTS = "model.safetensors"
+from tts.drafting import checkpoint
 
 
 class ReducedLlamaConfig(LlamaConfig):
@@ -82,19 +88,9 @@ AutoConfig.register(ReducedLlamaConfig.model_type, ReducedLlamaConfig)
 
 
 def attach(draft: ReducedLlamaForCausalLM, target: PreTrainedModel) -> ReducedLlamaForCausalLM:
-    """Lend ``draft`` the target's embedding, and the head rows of its ids; nothing is trained.
-
-    Raises:
-        UserError: if the widths differ.
-    """
+    """Lend ``draft`` the target's embedding, and the head rows of its ids; nothing is trained."""
     embedding = target.get_input_embeddings().weight
     head = target.get_output_embeddings().weight
-    if embedding.shape != (draft.config.vocab_size, draft.config.hidden_size):
-        raise UserError(
-            f"draft: made for an embedding of {draft.config.vocab_size} x "
-            f"{draft.config.hidden_size}, the target's is {embedding.shape[0]} x "
-            f"{embedding.shape[1]}: use the draft of this target"
-        )
     draft.model.embed_tokens.weight = nn.Parameter(embedding.detach(), requires_grad=False)
     rows = head.detach()[draft.draft_ids.to(head.device)]
     draft.lm_head.weight = nn.Parameter(rows, requires_grad=False)
@@ -132,26 +128,37 @@ def save(draft: ReducedLlamaForCausalLM, folder: Path) -> None:
         if name not in ("model.embed_tokens.weight", "lm_head.weight")
     }
     draft.config.save_pretrained(folder)
-    save_file({k: v.contiguous().cpu() for k, v in own.items()}, folder / WEIGHTS)
+    save_file({k: v.contiguous().cpu() for k, v in own.items()}, folder / checkpoint.WEIGHTS)
 
 
-def load(folder: Path, target: PreTrainedModel) -> ReducedLlamaForCausalLM:
+def recognises(config: dict[str, Any]) -> bool:
+    """Whether ``config.json`` is that of a reduced draft."""
+    return config.get("model_type") == ReducedLlamaConfig.model_type
+
+
+def configure(folder: Path, text: PreTrainedConfig) -> ReducedLlamaConfig:
+    """The configuration in ``folder``, for a target whose text configuration is ``text``.
+
+    Raises:
+        UserError: if the target is of another width.
+    """
+    config: ReducedLlamaConfig = ReducedLlamaConfig.from_pretrained(folder)
+    own = config.hidden_size, config.vocab_size
+    checkpoint.check_target(*own, (text.hidden_size, text.vocab_size), folder)
+    return config
+
+
+def load(
+    folder: Path, config: ReducedLlamaConfig, target: PreTrainedModel
+) -> ReducedLlamaForCausalLM:
     """The draft in ``folder``, attached to ``target``, in the target's dtype and device.
 
     Raises:
-        UserError: naming the tensors that are missing or too many, or a width that differs.
+        UserError: naming the tensors that are missing, too many or misshapen.
     """
-    config = ReducedLlamaConfig.from_pretrained(
-        folder, attn_implementation=target.config._attn_implementation
-    )
+    config._attn_implementation = target.config._attn_implementation
     draft = ReducedLlamaForCausalLM(config)
-    tensors = load_file(folder / WEIGHTS)
-    tensors["draft_ids"] = tensors["draft_ids"].long()
-    report = draft.load_state_dict(tensors, strict=False)
-    missing = set(report.missing_keys) - {"model.embed_tokens.weight", "lm_head.weight"}
-    if missing or report.unexpected_keys:
-        raise UserError(
-            f"draft: {folder / WEIGHTS} lacks {sorted(missing)} and has "
-            f"{sorted(report.unexpected_keys)} too many: train it again or fetch it whole"
-        )
+    tensors = checkpoint.read_tensors(folder)
+    checkpoint.fill(draft, tensors, {"model.embed_tokens.weight", "lm_head.weight"}, folder)
+    draft.draft_ids = draft.draft_ids.long()
     return attach(draft.to(target.device, target.dtype), target).eval()

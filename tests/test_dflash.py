@@ -1,0 +1,207 @@
+"""DFlash: the formulas, transformers' own DFlash generation, and the published layouts."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import GenerationConfig
+
+from tests import tiny
+from tests.heads import LAYERS, Recorded, dflash, dflash_pair, features_of
+from tests.test_engine import decode, greedy
+from tts.drafting import dflash_checkpoint, make_drafter
+from tts.drafting.chain import ChainDrafter
+from tts.drafting.dflash import DFlashDrafter
+from tts.drafting.dflash_model import DFlash
+from tts.errors import UserError
+from tts.models import ModelPair, load_pair
+
+SEQUENCE = [3, 17, 5, 40, 9, 21, 33]
+
+
+def formula(model, tokens, features):
+    """Logits of the block after ``tokens`` by the formulas, in float64, head by head."""
+    c = model.config
+    w = {k: v.double() for k, v in model.state_dict().items()}
+    kv, dim, size = c.num_key_value_heads, c.head_dim, c.block_size
+
+    def norm(x, name):
+        return w[name] * x / (x.square().mean(-1, keepdim=True) + c.rms_norm_eps).sqrt()
+
+    def turn(x, positions):
+        angle = positions[:, None] * 10000.0 ** (-torch.arange(0, dim, 2).double() / dim)
+        angle = torch.cat([angle, angle], -1)
+        half = torch.cat([-x[..., dim // 2 :], x[..., : dim // 2]], -1)
+        return x * angle.cos() + half * angle.sin()
+
+    anchor = len(tokens) - 1
+    context = norm(features[:anchor].double() @ w["fc.weight"].T, "hidden_norm.weight")
+    x = w["embed_tokens.weight"][[tokens[-1], *[c.mask_token_id] * (size - 1)]]
+    before, block = torch.arange(anchor), torch.arange(anchor, anchor + size)
+    for i in range(c.num_hidden_layers):
+        p = f"layers.{i}."
+        a = p + "self_attn."
+        n = norm(x, p + "input_layernorm.weight")
+        rows, places = torch.cat([context, n]), torch.cat([before, block])
+        mixed = []
+        for one in range(c.num_attention_heads):
+            mine, own = one // (c.num_attention_heads // kv), slice(one * dim, (one + 1) * dim)
+            shared = slice(mine * dim, (mine + 1) * dim)
+            q = turn(norm(n @ w[a + "q_proj.weight"][own].T, a + "q_norm.weight"), block)
+            k = turn(norm(rows @ w[a + "k_proj.weight"][shared].T, a + "k_norm.weight"), places)
+            v = rows @ w[a + "v_proj.weight"][shared].T
+            mixed.append((q @ k.T / dim**0.5).softmax(-1) @ v)
+        x = x + torch.cat(mixed, -1) @ w[a + "o_proj.weight"].T
+        n = norm(x, p + "post_attention_layernorm.weight")
+        gate, up, down = (w[p + f"mlp.{m}_proj.weight"] for m in ("gate", "up", "down"))
+        x = x + (torch.nn.functional.silu(n @ gate.T) * (n @ up.T)) @ down.T
+    return norm(x, "norm.weight")[1:] @ w["lm_head.weight"].T
+
+
+def test_a_block_is_what_the_formulas_say():
+    made = dflash_pair()
+    features = features_of(made.target, SEQUENCE)
+    drafter = make_drafter(made.draft, 64)
+    assert type(drafter) is DFlashDrafter
+    rows = Recorded(drafter)
+    drafter.prefill(SEQUENCE[:5], features[:4])
+    drafter.commit(len(SEQUENCE), features[4:6])
+    proposal = rows.propose(SEQUENCE, gamma=9, pending=2)
+    assert len(proposal.tokens) == 4  # a block of five less its anchor
+    late = [formula(made.draft, SEQUENCE[:end], features)[:1] for end in (5, 6)]
+    expected = torch.cat([*late, formula(made.draft, SEQUENCE, features)])
+    torch.testing.assert_close(torch.cat(rows.logits).double(), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prompt", [[3, 17, 5, 40, 9], [61, 2], [8, 30, 8, 30, 8, 30]])
+def test_transformers_own_dflash_drafts_the_same_tokens(prompt):
+    muse = pytest.importorskip("transformers.models.muse_glimmer_assistant")
+    target = tiny.model("llama3.1")
+    made = ModelPair(target, dflash(target), tiny.tokenizer(), "tiny-dflash")
+    c = made.draft.config
+    peer = muse.modeling_muse_glimmer_assistant.MuseGlimmerAssistantModel(
+        muse.configuration_muse_glimmer_assistant.MuseGlimmerAssistantConfig(
+            **tiny.COMMON, vocab_size=64, num_hidden_layers=2, rms_norm_eps=c.rms_norm_eps,
+            rope_parameters=c.rope_parameters, block_size=5, mask_token_id=c.mask_token_id,
+            target_layer_ids=[0, 1], layer_types=["full_attention"] * 2,
+        )
+    ).eval()  # fmt: skip
+    ours = dflash(target, target_layers=(1, 2))
+    names = {
+        "fc.weight": "encoder.fc.weight",
+        "hidden_norm.weight": "encoder.output_norm_enc.weight",
+    }
+    state = {
+        names.get(name, name): value
+        for name, value in ours.state_dict().items()
+        if not name.startswith(("embed_tokens", "lm_head", "draft_ids"))
+    }
+    peer.load_state_dict(state)
+    drafted = []
+    honest = peer.forward
+
+    def watched(**kwargs):
+        output = honest(**kwargs)
+        drafted.append(target.lm_head(output.last_hidden_state[0, 1:]).argmax(-1).tolist())
+        return output
+
+    peer.forward = watched
+    config = GenerationConfig(max_new_tokens=40, do_sample=False, speculation_type="dflash")
+    theirs = target.generate(torch.tensor([prompt]), generation_config=config, assistant_model=peer)
+    made = made._replace(draft=ours)
+    proposals = []
+    original = ChainDrafter.propose
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            ChainDrafter, "propose",
+            lambda self, *args: proposals.append(original(self, *args)) or proposals[-1],
+        )  # fmt: skip
+        result = decode(made, 4, greedy(40), prompt=torch.tensor([prompt]))
+    assert result.sequences.tolist() == theirs.tolist()
+    # transformers begins with a token of the target's own, without drafts
+    mine = {tuple(p.tokens) for p in proposals if len(p.tokens) == 4}
+    shared = [tuple(block) for block in drafted if tuple(block) in mine]
+    assert len(shared) >= len(drafted) - 3
+
+
+# --- checkpoints -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def target_folder(tmp_path):
+    return tiny.save(tiny.model("llama3.1"), tmp_path / "target")
+
+
+def z_lab(model, folder, inside=False, **changes):
+    """A folder as z-lab publishes it: no embedding, no head; ids count layer outputs."""
+    folder.mkdir()
+    config = {
+        "architectures": ["DFlashDraftModel"], "model_type": "qwen3", "hidden_size": 32,
+        "auto_map": {"AutoModel": "dflash.DFlashDraftModel"}, "num_target_layers": 2,
+        "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "num_hidden_layers": 2, "rms_norm_eps": model.config.rms_norm_eps, "vocab_size": 64,
+        "rope_theta": 10000, "layer_types": ["full_attention"] * 2, "block_size": 5,
+        "dflash_config": {"mask_token_id": 62, "target_layer_ids": [-1, 0, 1]},
+    }  # fmt: skip
+    if inside:
+        config["dflash_config"]["block_size"] = config.pop("block_size")
+    for key, value in changes.items():
+        (config if key in config else config["dflash_config"])[key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {
+        name: value.contiguous()
+        for name, value in model.state_dict().items()
+        if name not in ("embed_tokens.weight", "lm_head.weight", "draft_ids")
+    }
+    save_file(tensors, folder / "model.safetensors")
+    return tensors
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_z_labs_layout_loads(target_folder, tmp_path, inside):
+    model = dflash(tiny.model("llama3.1"))
+    z_lab(model, tmp_path / "draft", inside)
+    loaded = load_pair(str(target_folder), str(tmp_path / "draft"), dtype="float32").draft
+    assert type(loaded) is DFlash
+    assert loaded.config.target_layers == LAYERS  # outputs -1 (the embedding), 0 and 1
+    assert loaded.config.block_size == 5
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+
+
+def test_the_default_layers_are_those_of_the_authors():
+    minus = lambda layers: [i - 1 for i in layers]  # noqa: E731
+    assert minus(dflash_checkpoint.read_layers(5, 36)) == [1, 9, 17, 25, 33]
+    assert minus(dflash_checkpoint.read_layers(5, 30)) == [1, 8, 14, 20, 27]
+    assert minus(dflash_checkpoint.read_layers(1, 30)) == [15]
+
+
+def test_what_is_saved_is_the_layout_of_speculators_and_loads_unchanged(target_folder, tmp_path):
+    target = tiny.model("llama3.1").bfloat16()
+    made = dflash_checkpoint.from_target(target, torch.arange(3, 50), LAYERS, (0, 1), 5, 62, "")
+    dflash_checkpoint.save(made, tmp_path / "draft")
+    config = json.loads((tmp_path / "draft" / "config.json").read_text())
+    assert config["aux_hidden_state_layer_ids"] == list(LAYERS)
+    loaded = load_pair(str(target_folder), str(tmp_path / "draft")).draft
+    for name, value in made.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"hidden_size": 48}, "states 48 wide"),
+        ({"vocab_size": 65}, "over 65 ids"),
+        ({"target_layer_ids": [0, 7]}, "hidden states"),
+        ({"mask_token_id": 64}, "mask_token_id 64"),
+        ({"block_size": 1}, "block_size 1"),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, "sliding_attention"),
+        ({"num_hidden_layers": 3}, "lacks the tensors"),
+        ({"intermediate_size": 63}, "down_proj"),
+    ],
+)
+def test_bad_folders_are_refused_in_one_sentence(target_folder, tmp_path, changes, says):
+    z_lab(dflash(tiny.model("llama3.1")), tmp_path / "draft", **changes)
+    with pytest.raises(UserError, match=says):
+        load_pair(str(target_folder), str(tmp_path / "draft"), dtype="float32")

@@ -1,0 +1,96 @@
+"""DFlash: all drafts of a round from one pass over a block of masks."""
+
+from typing import Any, ClassVar
+
+import torch
+
+from tts.cache import filled
+from tts.cached_model import CHUNK
+from tts.distill.evidence import Rows
+from tts.drafting.features import FeatureDrafter
+from tts.drafting.protocol import Replay, Window
+
+SPACING = 2  # positions between the anchors that an update replays
+DECAY = 0.8  # weight of a slot against the one before
+
+
+class DFlashDrafter(FeatureDrafter):
+    """Drafts with a DFlash model (`tts.drafting.dflash_model`), at most a block less its anchor.
+
+    The tokens of a block are drawn independently, each from its own row: q is what a token was
+    drawn from, and every acceptance rule applies as it is. A token's signals are read after it was
+    drawn, and it stays drafted.
+    """
+
+    least_rows: ClassVar[int] = 1
+
+    def __init__(self, model: Any, vocab_size: int, window: int | None = None) -> None:
+        super().__init__(model, vocab_size, window)
+        self.longest: int = model.config.block_size - 1
+
+    def prefill(self, sequence: list[int], features: torch.Tensor | None) -> None:
+        self.commit(len(sequence), features)
+        self._read(len(sequence) - 1)
+
+    @torch.inference_mode()
+    def _first_rows(self, sequence: list[int], gamma: int, pending: int) -> torch.Tensor:
+        late = self._late(sequence, len(sequence) - 1 - pending, len(sequence) - 1)
+        self._block = self._draft(sequence, len(sequence) - 1, gamma)
+        return torch.cat([*late, self._block[:1]])
+
+    def _next_row(self, tokens: list[int]) -> torch.Tensor:
+        return self._block[len(tokens) :][:1]
+
+    @torch.inference_mode()
+    def _late_rows(self, sequence: list[int], pending: int) -> torch.Tensor:
+        end = len(sequence) - 1
+        return torch.cat(self._late(sequence, end - pending, end))
+
+    def _late(self, sequence: list[int], start: int, end: int) -> list[torch.Tensor]:
+        """Logits for the token after each anchor from ``start`` to ``end``."""
+        return [self._draft(sequence, anchor, 1) for anchor in range(start, end)]
+
+    def _draft(self, sequence: list[int], anchor: int, slots: int) -> torch.Tensor:
+        """Logits `[slots, columns]` of the block at ``anchor``, which only sees what is before."""
+        self._read(anchor)
+        model = self._model
+        place = torch.tensor([[anchor]], device=model.device)
+        token = torch.tensor([[sequence[anchor]]], device=model.device)
+        hidden = model(token, place, self._cache)
+        self._cache.rollback(self._held)
+        return model.logits(hidden[0, 1 : 1 + slots])  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def _read(self, end: int) -> None:
+        """Take the features of all positions before ``end`` into the cache."""
+        if end > self._held:
+            for piece in self._next_features(end - self._held).split(CHUNK):
+                self._model.read(piece[None], self._cache, self._held)
+                self._held += len(piece)
+
+    def window(self, sequence: list[int], rows: Rows) -> Window:
+        first = rows.first - 1  # the position of the first anchor, whose features row 0 holds
+        prefix = self._cache.keys_values(first)
+        return Window(rows, sequence[first : rows.end - 1], prefix, self._cache.window)
+
+    @staticmethod
+    def replay(model: Any, window: Window) -> Replay:
+        assert window.rows.features is not None
+        device, count = model.device, len(window.tokens)
+        # from the newest anchor back, so that the newest row is always learned from
+        anchor = torch.arange(count - 1, -1, -SPACING, device=device).flip(0)
+        first = window.rows.first - 1
+        tokens = torch.tensor([window.tokens], device=device)
+        hidden = model.unroll(
+            tokens[:, anchor],
+            first + anchor[None],
+            window.rows.features[None],
+            filled(window.prefix),
+            first=first,
+            window=window.sight,
+        )[0, :, 1:]
+        slot = torch.arange(hidden.shape[1], device=device)
+        row = anchor[:, None] + slot
+        known = row < count
+        weight = (DECAY**slot).expand(row.shape)
+        return Replay(model.logits(hidden[known]), row[known], weight[known])

@@ -1,0 +1,205 @@
+"""The DFlash drafter: a block of drafts in one pass, conditioned on the target's features.
+
+With t = norm_h(fc [f_1 ; ... ; f_n]) of every committed position before the anchor x_s, each layer
+computes for the block x_s, MASK, ..., MASK (rows s to s + B - 1)
+
+    Q = W_q n      K = [W_k t ; W_k n]      V = [W_v t ; W_v n]      n = input_norm(x)
+
+The block sees all of the context and all of itself; row k predicts x_{s+k}, row 0 nothing. Context
+rows have no query and no MLP: t is the same at every layer (arXiv 2602.06036).
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3MLP,
+    Qwen3RMSNorm,
+    Qwen3RotaryEmbedding,
+    apply_rotary_pos_emb,
+)
+
+from tts.attention import attention
+
+Keys = tuple[torch.Tensor, torch.Tensor]  # [batch, key_heads, rows, head_dim]
+
+
+class DFlashConfig(Qwen3Config):
+    """`Qwen3Config` of the layers, and what makes them a drafter.
+
+    Args:
+        target_hidden_size: width of one feature.
+        target_layers: the layers read, as indices into transformers' ``hidden_states``.
+        block_size: rows of a block; one less is drafted.
+        mask_token_id: whose embedding stands for a token that is not known.
+        draft_vocab_size: ids predicted.
+        tokenizer_fingerprint: of the target's tokenizer ("": unknown).
+    """
+
+    model_type = "dflash"
+
+    target_hidden_size: int = 0
+    target_layers: tuple[int, ...] = ()
+    block_size: int = 16
+    mask_token_id: int = 0
+    draft_vocab_size: int = 0
+    tokenizer_fingerprint: str = ""
+
+
+class Attention(nn.Module):
+    """Attention of a block to the context and to itself."""
+
+    def __init__(self, config: DFlashConfig, index: int) -> None:
+        super().__init__()
+        self.index, self.head_dim = index, config.head_dim
+        self.scaling = config.head_dim**-0.5
+        width, dim, bias = config.hidden_size, config.head_dim, config.attention_bias
+        self.q_proj = nn.Linear(width, config.num_attention_heads * dim, bias=bias)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * dim, bias=bias)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * dim, width, bias=bias)
+        self.q_norm = Qwen3RMSNorm(dim, config.rms_norm_eps)
+        self.k_norm = Qwen3RMSNorm(dim, config.rms_norm_eps)
+
+    def keys(self, x: torch.Tensor, rotary: Keys) -> Keys:
+        """Keys and values of context rows t or of block rows n."""
+        shape = (*x.shape[:2], -1, self.head_dim)
+        key = self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2)
+        _, key = apply_rotary_pos_emb(key, key, *rotary)
+        return key, self.v_proj(x).view(shape).transpose(1, 2)
+
+    def forward(
+        self, x: torch.Tensor, rotary: Keys, cache: Any, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        shape = (*x.shape[:2], -1, self.head_dim)
+        query = self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2)
+        query, _ = apply_rotary_pos_emb(query, query, *rotary)
+        key, value = cache.update(*self.keys(x, rotary), self.index)
+        mixed, _ = attention(
+            self, query, key, value, mask, scaling=self.scaling, bidirectional=mask is None
+        )
+        return cast(torch.Tensor, self.o_proj(mixed.reshape(*x.shape[:2], -1)))
+
+
+class Layer(nn.Module):
+    """A Qwen3 layer over block rows."""
+
+    def __init__(self, config: DFlashConfig, index: int) -> None:
+        super().__init__()
+        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, index)
+        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = Qwen3MLP(config)
+
+    def forward(self, x: torch.Tensor, *seen: Any) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), *seen)
+        return cast(torch.Tensor, x + self.mlp(self.post_attention_layernorm(x)))
+
+
+class DFlash(PreTrainedModel):
+    """The drafter, with embedding and head of the target lent to it."""
+
+    config_class = DFlashConfig
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    draft_ids: torch.Tensor
+
+    def __init__(self, config: DFlashConfig) -> None:
+        super().__init__(config)
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.embed_tokens = nn.Embedding(config.vocab_size, width)
+        wide = len(config.target_layers) * config.target_hidden_size
+        self.fc = nn.Linear(wide, width, bias=False)
+        self.hidden_norm = Qwen3RMSNorm(width, eps)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = Qwen3RMSNorm(width, eps)
+        self.lm_head = nn.Linear(width, config.draft_vocab_size, bias=False)
+        self.rotary_emb = Qwen3RotaryEmbedding(config)
+        self.register_buffer("draft_ids", torch.arange(config.draft_vocab_size))
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def read(self, features: torch.Tensor, cache: Any, first: int) -> None:
+        """Append the context rows of ``features`` `[batch, rows, layers x target_hidden_size]`.
+
+        Args:
+            features: of consecutive positions.
+            cache: that `forward` will see.
+            first: position of the first.
+        """
+        context = self.hidden_norm(self.fc(features))
+        positions = torch.arange(first, first + features.shape[1], device=features.device)[None]
+        rotary = self.rotary_emb(context, positions)
+        for layer in self.layers:
+            attention_: Attention = layer.self_attn  # type: ignore[assignment]
+            cache.update(*attention_.keys(context, rotary), attention_.index)
+
+    def forward(
+        self,
+        anchors: torch.Tensor,
+        positions: torch.Tensor,
+        cache: Any,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states after the final norm, `[batch, blocks x block_size, hidden]`.
+
+        Args:
+            anchors: the blocks' first tokens `[batch, blocks]`.
+            positions: of the anchors `[batch, blocks]`.
+            cache: holds the context; the block rows are appended, to be dropped by the caller.
+            mask: which keys a row sees (None: all, for a single block).
+        """
+        config: DFlashConfig = self.config
+        size = config.block_size
+        ids = anchors.new_full((*anchors.shape, size), config.mask_token_id)
+        ids[..., 0] = anchors
+        x = self.embed_tokens(ids.flatten(1)).to(self.fc.weight.dtype)
+        rows = positions[..., None] + torch.arange(size, device=positions.device)
+        rotary = self.rotary_emb(x, rows.flatten(1))
+        for layer in self.layers:
+            x = layer(x, rotary, cache, mask)
+        return cast(torch.Tensor, self.norm(x))
+
+    def unroll(
+        self,
+        anchors: torch.Tensor,
+        positions: torch.Tensor,
+        features: torch.Tensor,
+        cache: Any,
+        first: int = 0,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        """Draft a block from many anchors at once, each from the context before it.
+
+        Args:
+            anchors: tokens `[batch, blocks]`.
+            positions: of the anchors `[batch, blocks]`.
+            features: of positions ``first`` on, `[batch, rows, layers x target_hidden_size]`.
+            cache: a `DynamicCache` with the context before ``first``; everything is appended.
+            first: see above.
+            window: positions that an anchor sees, itself included (None: all).
+
+        Returns:
+            `[batch, blocks, block_size, hidden]`.
+        """
+        held = cache.get_seq_length()
+        self.read(features, cache, first)
+        size, device = self.config.block_size, positions.device
+        key = torch.arange(first - held, first + features.shape[1], device=device)
+        seen = key < positions[..., None]
+        if window is not None:
+            seen &= key > positions[..., None] - window
+        blocks = torch.eye(positions.shape[1], dtype=torch.bool, device=device)
+        own = blocks.repeat_interleave(size, 1).expand(len(positions), -1, -1)
+        mask = torch.cat([seen, own], -1).repeat_interleave(size, 1)[:, None]
+        hidden = self(anchors, positions, cache, mask)
+        return hidden.view(*anchors.shape, size, -1)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[..., draft_vocab_size]` of normed hidden states."""
+        return cast(torch.Tensor, self.lm_head(hidden))
