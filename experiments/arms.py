@@ -38,6 +38,7 @@ def build(name: str, pair: ModelPair, options: SpeculationOptions) -> Speculativ
         gamma=options.gamma if arm.gamma is None else arm.gamma,
         cap=options.cap,
         learning=options.gamma_updates,
+        compression=pair.compression,
     )
     return SpeculativeDecoder(
         pair,

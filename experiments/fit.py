@@ -51,7 +51,7 @@ def fit(config: Fit) -> dict[str, Any]:
     if not config.path:
         raise UserError("path: give a file of `tts record`")
     path = PathFile.read(config.path)
-    path.check(config, config.target)
+    path.check(config, config)
     dialogues = path.dialogues[: config.conversations or None]
     if len(dialogues) < 2:
         raise UserError("conversations: fitting and checking need at least 2")

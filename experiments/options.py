@@ -22,16 +22,25 @@ class ModelOptions:
         draft: folder, hub id or prompt_lookup; None takes the draft shipped for a packaged target.
         dtype: bfloat16, float16 or float32.
         device: cpu or cuda.
+        compression: of the target's weights: none, int8 or nf4 (see `tts.compression`).
     """
 
     target: str = "smollm2-135m"
     draft: str | None = None
     dtype: str = "bfloat16"
     device: str = "cpu"
+    compression: str = "none"
 
     def load(self, stock: bool = False) -> ModelPair:
         """The pair; ``stock`` leaves out our attention and packing, as transformers loads it."""
-        return load_pair(self.target, self.draft, dtype=self.dtype, device=self.device, stock=stock)
+        return load_pair(
+            self.target,
+            self.draft,
+            dtype=self.dtype,
+            device=self.device,
+            compression=self.compression,
+            stock=stock,
+        )
 
 
 @dataclass(frozen=True)

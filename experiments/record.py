@@ -47,7 +47,7 @@ def record(config: Record) -> dict[str, Any]:
         written.append(recorded(text, done))
         PathFile(
             config.target, config.dtype, config.temperature, config.top_p, config.top_k,
-            config.repetition_penalty, written,
+            config.repetition_penalty, written, config.compression,
         ).write(out)  # fmt: skip
         windows = distinct_4_windows(done.tokens)
         loops = "  LOOPS" if any(value < LOOP for value in windows) else ""

@@ -102,7 +102,12 @@ class Measured:
     ) -> OnRound:
         """Called after every round of ``arm`` on ``text``."""
         rounds = self._arms.setdefault(arm, {}).setdefault(text.id, [])
-        head = {"arm": arm, "conversation": text.id, "seed": self._config.seed + text.seed}
+        head = {
+            "arm": arm,
+            "conversation": text.id,
+            "seed": self._config.seed + text.seed,
+            "compression": self._config.compression,
+        }
 
         def on_round(turn: int, record: RoundRecord) -> None:
             rounds.append(record)
@@ -154,6 +159,7 @@ class Measured:
         summary = {
             "results": str(self._results.folder),
             "status": status,
+            "compression": self._config.compression,
             "arms": {arm: asdict(summarise(rounds)) for arm, rounds in pooled.items()},
             "distinct_4_per_1000": {
                 f"{s['conversation']}/{s['arm']}": s["distinct_4_per_1000"] for s in self._samples
@@ -200,8 +206,9 @@ class Measured:
         c = self._config
         texts = max((len(texts) for texts in self._arms.values()), default=0)
         return (
-            f"{c.target}, {c.dtype}, {c.workload}, temperature {c.temperature}, top-p {c.top_p}, "
-            f"{c.acceptance}, gamma {c.gamma}, seed {c.seed}, n = {texts}"
+            f"{c.target}, {c.dtype}, compression {c.compression}, {c.workload}, "
+            f"temperature {c.temperature}, top-p {c.top_p}, {c.acceptance}, "
+            f"gamma {c.gamma}, seed {c.seed}, n = {texts}"
         )
 
 
@@ -209,7 +216,7 @@ def _texts(config: Run) -> list[Dialogue] | list[RecordedDialogue]:
     if not config.path:
         return dialogues(config)
     path = PathFile.read(config.path)
-    path.check(config, config.target)
+    path.check(config, config)
     return path.dialogues[: config.conversations or None]
 
 

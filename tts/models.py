@@ -24,6 +24,7 @@ from transformers import (
 )
 
 import tts.attention  # noqa: F401  registers the attention implementation "tts"
+from tts.compression import check_checkpoint, check_compression, quantization
 from tts.drafting import Draft, PromptLookup, reduced
 from tts.errors import UserError
 from tts.llama import straighten
@@ -57,6 +58,7 @@ class ModelPair(NamedTuple):
     draft: Draft
     tokenizer: PreTrainedTokenizerBase
     name: str  # as the user gave them: "target+draft"
+    compression: str = "none"  # of the target's weights
 
     @property
     def draft_model(self) -> PreTrainedModel:
@@ -78,6 +80,7 @@ def load_pair(
     *,
     dtype: str = "bfloat16",
     device: str = "cpu",
+    compression: str = "none",
     stock: bool = False,
 ) -> ModelPair:
     """Load target and draft; everything that can be refused is refused before weights are read.
@@ -88,10 +91,12 @@ def load_pair(
             draft shipped for a packaged target.
         dtype: ``bfloat16``, ``float16`` or ``float32``, for both.
         device: ``cpu``, ``cuda``, ``cuda:1``, ...
+        compression: of the target's weights: ``none``, ``int8`` or ``nf4`` (`tts.compression`).
         stock: load as transformers does, without `tts.attention`, `tts.llama` and `tts.packing`.
 
     Raises:
-        UserError: unknown dtype or device, a model that is not there, or a draft whose ids differ.
+        UserError: unknown dtype, device or compression, a model that is not there, or a draft
+            whose ids differ.
     """
     if draft is None:
         if target not in PACKAGED:
@@ -101,11 +106,14 @@ def load_pair(
             )
         draft = str(PACKAGED[target].draft)
     check_device(dtype, device)
+    check_compression(compression)
+    name = f"{target}+{draft}"
     target_folder = _resolve(target, "target")
+    check_checkpoint(_config(target_folder, "target"), compression)
     tokenizer = _tokenizer(target_folder, "target")
     if draft == PROMPT_LOOKUP:
-        model = _load(target_folder, "target", dtype, device, stock)
-        return ModelPair(model, PromptLookup(), tokenizer, f"{target}+{draft}")
+        model = _load(target_folder, "target", dtype, device, stock, compression)
+        return ModelPair(model, PromptLookup(), tokenizer, name, compression)
     draft_folder = _resolve(draft, "draft")
     config = _config(draft_folder, "draft")
     is_reduced = isinstance(config, reduced.ReducedLlamaConfig)
@@ -116,14 +124,14 @@ def load_pair(
         )
     if not is_reduced:
         check_same_ids(tokenizer, _tokenizer(draft_folder, "draft"))
-    model = _load(target_folder, "target", dtype, device, stock)
+    model = _load(target_folder, "target", dtype, device, stock, compression)
     if is_reduced:
         small = reduced.load(Path(draft_folder), model)
         if not stock:
             _quicken(small)
     else:
         small = _load(draft_folder, "draft", dtype, device, stock)
-    return ModelPair(model, small, tokenizer, f"{target}+{draft}")
+    return ModelPair(model, small, tokenizer, name, compression)
 
 
 def load_target(
@@ -220,12 +228,20 @@ def _config(folder: str, field: str) -> PreTrainedConfig:
     return _pretrained(AutoConfig, folder, f"{field} config")
 
 
-def _load(folder: str, field: str, dtype: str, device: str, stock: bool) -> PreTrainedModel:
-    attention = "sdpa" if stock else "tts"
+def _load(
+    folder: str, field: str, dtype: str, device: str, stock: bool, compression: str = "none"
+) -> PreTrainedModel:
     model = _pretrained(
-        AutoModelForCausalLM, folder, field, dtype=DTYPES[dtype], attn_implementation=attention
+        AutoModelForCausalLM,
+        folder,
+        field,
+        dtype=DTYPES[dtype],
+        attn_implementation="sdpa" if stock else "tts",
+        **quantization(compression, DTYPES[dtype], device),
     )
-    model = model.to(device).eval().requires_grad_(False)
+    if compression == "none":  # else it was loaded to its device, and some forms cannot move
+        model = model.to(device)
+    model = model.eval().requires_grad_(False)
     if not stock:
         _quicken(model)
     return model
