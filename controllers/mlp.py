@@ -73,7 +73,7 @@ class History:
         offset, carried = 0, 1.0
         if newest is not None:
             offset, carried = newest.offset + 1, 0.0
-            entropy, confidence, probability = newest[1:]
+            entropy, confidence, probability = newest[1:4]
         position = math.log1p(state.position) / 10
         said = [offset / 8, min(entropy, 12.0) / 4, confidence, probability, carried]
         return [*said, *recent, position, self.compression]
@@ -91,7 +91,7 @@ class History:
         for label in labels:
             fast += FAST * (label - fast)
             slow += SLOW * (label - slow)
-        self.values = [*signals[known - 1][1:], fast, slow, num_accepted / len(signals)]
+        self.values = [*signals[known - 1][1:4], fast, slow, num_accepted / len(signals)]
         return Examples(np.array(rows), targets)
 
 

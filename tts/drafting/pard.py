@@ -1,8 +1,8 @@
 """PARD: all drafts of a round from one pass, with mask tokens (arXiv 2504.18583)."""
 
-import torch
 from transformers import PreTrainedModel
 
+from tts.cached_model import Rows
 from tts.drafting.autoregressive import AutoregressiveDrafter
 from tts.errors import UserError
 
@@ -41,12 +41,12 @@ class PardDrafter(AutoregressiveDrafter):
             raise UserError("draft: masks would stay in its recurrent layers: use attention only")
         self._mask = mask
 
-    def _first_rows(self, sequence: list[int], gamma: int, pending: int) -> torch.Tensor:
+    def _first_rows(self, sequence: list[int], gamma: int, pending: int) -> Rows:
         fed = sequence[self._cached.length :] + [self._mask] * (gamma - 1)
-        logits = self._feed(fed, keep=pending + gamma).logits
+        rows = self._feed(fed, keep=pending + gamma)
         self._cached.rollback(len(sequence))
-        self._block = logits[pending:]
-        return logits[: pending + 1]
+        self._block = Rows(*(part[pending:] for part in rows))
+        return Rows(*(part[: pending + 1] for part in rows))
 
-    def _next_row(self, tokens: list[int]) -> torch.Tensor:
-        return self._block[len(tokens) :][:1]
+    def _next_row(self, tokens: list[int]) -> Rows:
+        return Rows(*(part[len(tokens) :][:1] for part in self._block))
