@@ -1,6 +1,6 @@
 """A small network that learns, while decoding, how far it pays to draft.
 
-policy = Mlp.shipped(cap=8, seed=0)
+policy = make_policy("mlp", cap=8, seed=0)
 
 It predicts a hazard per offset: the probability that a token is accepted given that all before it
 were. A round that is rejected early says nothing about later offsets, and a hazard needs no such
@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from controllers.cost import CostModel
+from tts.errors import UserError
 from tts.policy import RoundOutcome, RoundState, Signals
 
 FEATURES = (
@@ -30,7 +31,6 @@ FEATURES = (
     "fast", "slow", "last_accepted", "position", "compression",
 )  # fmt: skip
 COMPRESSION = {"none": 0.0, "int8": 0.5, "nf4": 1.0}  # of the target's weights
-SHIPPED = Path(__file__).with_name("mlp_weights.json")
 
 HIDDEN = 16
 SHAPES = ((len(FEATURES), HIDDEN), (HIDDEN,), (HIDDEN, 2), (2,))
@@ -109,6 +109,13 @@ def split(weights: Array) -> list[Array]:
     return [part.reshape(shape) for part, shape in zip(parts, SHAPES, strict=True)]
 
 
+def hazards(weights: Array, features: Array) -> Array:
+    """Predicted acceptance of the newest token and of the next one, `[rows, 2]`."""
+    w1, b1, w2, b2 = split(weights)
+    z: Array = np.tanh(features @ w1 + b1) @ w2 + b2
+    return 0.5 + 0.5 * np.tanh(z / 2)
+
+
 def loss_and_gradient(weights: Array, batch: Examples) -> tuple[float, Array]:
     """Mean binary cross-entropy in nats over the known labels; its gradient `[weights]`."""
     w1, b1, w2, b2 = split(weights)
@@ -157,19 +164,34 @@ class Mlp:
         self._option = 0.0  # what was gained beyond that: a draft can stop when it turns out hard
 
     @classmethod
-    def shipped(
-        cls, *, cap: int = 8, learning: bool = True, seed: int = 0, compression: float = 0.0
+    def load(
+        cls,
+        file: Path,
+        *,
+        cap: int = 8,
+        learning: bool = True,
+        seed: int = 0,
+        compression: float = 0.0,
     ) -> "Mlp":
-        """The policy with the weights that came with the package, else with a plain prior."""
+        """The policy with the weights in ``file``.
+
+        Raises:
+            UserError: for a file that `save` did not write.
+        """
         policy = cls(cap=cap, learning=learning, seed=seed, compression=compression)
-        if SHIPPED.exists():
-            saved = json.loads(SHIPPED.read_text())
-            assert tuple(saved["features"]) == FEATURES
+        try:
+            saved = json.loads(file.read_text())
+            if tuple(saved["features"]) != FEATURES:
+                raise ValueError("other features")
             policy.weights[:] = saved["weights"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"weights: {file} holds no gamma MLP ({error}): write it with `tts fit`"
+            ) from None
         return policy
 
     def save(self, path: Path) -> None:
-        """Write the weights as JSON, in the form of ``SHIPPED``."""
+        """Write the weights as JSON."""
         path.write_text(json.dumps({"features": FEATURES, "weights": self.weights.tolist()}))
 
     def train(self, data: Examples, epochs: int = 20) -> float:

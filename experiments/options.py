@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
-from controllers import make_policy
+from controllers import WEIGHTS, make_policy
 from tts.distill.config import DistillConfig
 from tts.engine import ACCEPTANCE
 from tts.errors import UserError
@@ -48,7 +48,7 @@ class TextOptions:
     """What is decoded, and how tokens are chosen.
 
     Args:
-        workload: tune, judge, single, or a JSON file of conversations (see `tts.workload`).
+        workload: tune, judge, single, tasks, or a JSON file of conversations (see `tts.workload`).
         conversations: decode only the first so many (0: all).
         max_new_tokens: generated tokens a conversation.
         turn_tokens: generated tokens a turn at most.
@@ -106,7 +106,8 @@ class SpeculationOptions:
         window: sliding window over the draft's context, of the arms ``window``, ``draft_window``.
         distill: how the draft learns in the arms that let it.
         draft_updates: False: no arm's draft learns.
-        gamma_updates: False: no arm's gamma MLP learns; it stays as it was shipped.
+        gamma_updates: False: no arm's gamma MLP learns; it stays as it was fitted.
+        weights: folder of `tts fit` for the policies that are fitted ("": what ships).
     """
 
     acceptance: str = "coupled"
@@ -117,15 +118,21 @@ class SpeculationOptions:
     distill: DistillConfig = field(default_factory=DistillConfig)
     draft_updates: bool = True
     gamma_updates: bool = True
+    weights: str = ""
 
     def __post_init__(self) -> None:
         if self.acceptance not in ACCEPTANCE:
             raise UserError(
                 f"acceptance: {self.acceptance!r} is not one of {', '.join(ACCEPTANCE)}"
             )
-        make_policy(self.policy, gamma=self.gamma, cap=self.cap)
+        make_policy(self.policy, gamma=self.gamma, cap=self.cap, weights=self.weights_folder)
         if self.window < 1:
             raise UserError(f"window: {self.window} sees nothing: use at least 1")
+
+    @property
+    def weights_folder(self) -> Path:
+        """Of the policies that are fitted."""
+        return Path(self.weights).expanduser() if self.weights else WEIGHTS
 
 
 def readable(path: str, field: str) -> Path:

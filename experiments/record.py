@@ -28,6 +28,8 @@ class Record(ModelOptions, TextOptions, SpeculationOptions):
     def __post_init__(self) -> None:
         TextOptions.__post_init__(self)
         SpeculationOptions.__post_init__(self)
+        if self.policy == "oracle":
+            raise UserError("policy: oracle needs the text that is yet to be written: use fixed")
 
 
 def record(config: Record) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments.arms import build, check_arms
+from experiments.arms import build, build_policy, check_arms, policy_of
 from experiments.curves import CURVES, ahead_from, bin_edges, length
 from experiments.decode import Decoded, OnRound, decode, recorded
 from experiments.live import Live
@@ -51,6 +51,11 @@ class Run(ModelOptions, TextOptions, SpeculationOptions):
         TextOptions.__post_init__(self)
         SpeculationOptions.__post_init__(self)
         check_arms(self.arms, self.draft)
+        if not self.path and policy_of(self.arms[0], self) == "oracle":
+            raise UserError(
+                "arms: the first one writes the text, oracle needs it in advance: give a path, or "
+                "put another arm first"
+            )
         if self.wandb not in MODES:
             raise UserError(f"wandb: {self.wandb!r} is not one of {', '.join(MODES)}")
 
@@ -66,6 +71,8 @@ def run(config: Run) -> dict[str, Any]:
     status = "interrupted"
     try:
         pair = config.load()
+        for arm in config.arms:
+            build_policy(arm, pair, config)  # what does not fit is refused before anything runs
         for text in texts:
             current: Dialogue | RecordedDialogue = text
             for arm in config.arms:

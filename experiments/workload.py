@@ -13,7 +13,8 @@ from experiments.options import ModelOptions, TextOptions, readable
 from tts.errors import UserError
 
 FOLDER = Path(__file__).parent / "workload"
-SHIPPED = ("tune", "judge", "single")
+SHIPPED = ("tune", "judge", "single", "tasks")
+FILES = {"single": "single_subject.json", "tasks": "tasks.json"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +94,8 @@ def dialogues(options: TextOptions) -> list[Dialogue]:
     """
     name = options.workload
     if name in SHIPPED:
-        file = FOLDER / ("single_subject.json" if name == "single" else "conversations.json")
-        found = [d for d in _parse(file) if name == "single" or d["split"] == name]
+        file = FOLDER / FILES.get(name, "conversations.json")
+        found = [d for d in _parse(file) if name in FILES or d["split"] == name]
     else:
         found = _parse(readable(name, "workload"))
     made = [
