@@ -9,8 +9,14 @@ from experiments.export import gamma_table
 
 
 def row(context, drafted, accepted, conversation="a", arm="gamma"):
-    return {"arm": arm, "conversation": conversation, "compression": "none",
-            "context_length": context, "num_drafted": drafted, "num_accepted": accepted}  # fmt: skip
+    return {
+        "arm": arm,
+        "conversation": conversation,
+        "compression": "none",
+        "context_length": context,
+        "num_drafted": drafted,
+        "num_accepted": accepted,
+    }
 
 
 def test_a_cell_holds_the_mean_length_at_its_context_and_recent_acceptance():
