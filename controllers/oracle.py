@@ -18,7 +18,10 @@ class Oracle(Plain):
         self._path: Sequence[int] | None = None
 
     def follow(self, first: int, path: Sequence[int]) -> None:
-        """The tokens to come: ``path[0]`` is generated token number ``first`` of the sequence."""
+        """The tokens to come, told before every generation.
+
+        ``path[0]`` will be the generated token number ``first`` of the sequence.
+        """
         self._first, self._path = first, path
 
     def plan(self, state: RoundState) -> int:

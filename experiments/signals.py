@@ -13,13 +13,17 @@ from experiments.steps import Step
 SIGNALS = (
     "mean_draft_entropy", "mean_draft_confidence", "max_draft_entropy", "min_draft_confidence",
 )  # fmt: skip
+TOKEN_SIGNALS = ("entropy", "confidence", "probability")
 PUBLISHED = (-0.558, 0.570, -0.624, 0.619)  # pooled, computed from SpecKV's own records
 
 Array = NDArray[np.float64]
 
 
 def signal_summary(steps: Sequence[Step]) -> dict[str, Any]:
-    """Counts, correlations with acceptance, and the best gamma by tokens and by time."""
+    """Counts, correlations with acceptance, and the best gamma by tokens and by time.
+
+    "step before": the signal of the step before, all that is known when a length is chosen.
+    """
     compressions = list(dict.fromkeys(step.compression for step in steps))
     rate = np.array([step.acceptance_rate for step in steps])
     prompts = np.array([step.prompt for step in steps])
@@ -36,6 +40,12 @@ def signal_summary(steps: Sequence[Step]) -> dict[str, Any]:
         }
         for name in values
     }
+    for name in TOKEN_SIGNALS:
+        by = {c: _of_tokens([s for s in steps if s.compression == c], name) for c in compressions}
+        correlation[f"{name} of each token"] = by | {
+            "pooled": _of_tokens(steps, name),
+            "step before": None,
+        }
     return {
         "steps": len(steps),
         "by_cell": {
@@ -92,6 +102,12 @@ def _earlier(steps: Sequence[Step]) -> NDArray[np.int64]:
     rows = np.arange(len(steps)) - 1
     rows[[step.step == 0 for step in steps]] = -1
     return rows
+
+
+def _of_tokens(steps: Sequence[Step], name: str) -> float | None:
+    """Correlation of a token's signal with the probability that it is accepted, on the path."""
+    pairs = [pair for s in steps for pair in zip(getattr(s, name), s.acceptance, strict=False)]
+    return _pearson(*np.array(pairs).T)
 
 
 def _pearson(x: Array, y: Array) -> float | None:
