@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from bitsandbytes.functional import has_avx512bf16
 from transformers import GenerationConfig
 
 from controllers import make_policy
@@ -131,3 +132,13 @@ def test_compression_is_recorded_and_a_path_keeps_to_its_own(folders, tmp_path, 
     assert main(run) == 2
     assert "compression: none is not the int8 that the path" in capsys.readouterr().err
     assert main([*run, "--compression=int4"]) == 2
+
+
+def test_layers_that_the_cpu_kernel_of_nf4_cannot_run_are_refused(tmp_path):
+    target = tiny.model("llama3.1")
+    tiny.save(target, tmp_path / "target")
+    tiny.save(target, tmp_path / "draft")
+    if not has_avx512bf16():
+        pytest.skip("this CPU's NF4 has no such kernel")
+    with pytest.raises(UserError, match="multiples of 64 x 32, model"):
+        load_pair(str(tmp_path / "target"), str(tmp_path / "draft"), compression="nf4")

@@ -13,7 +13,7 @@ import logging
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig, PreTrainedConfig
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from tts.errors import UserError
 
@@ -72,3 +72,16 @@ def quantization(compression: str, dtype: torch.dtype, device: str) -> dict[str,
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         )
     return {"quantization_config": config, "device_map": {"": device}}
+
+
+def check_layers(model: PreTrainedModel) -> None:
+    """Raise UserError where the CPU kernel of NF4 would stop at the first pass."""
+    for name, module in model.named_modules():
+        # bitsandbytes' own mark of layers that it packs for this kind of CPU
+        if getattr(module, "support_avx512bf16_for_cpu", False) and model.device.type == "cpu":
+            width, height = module.in_features, module.out_features
+            if width % 64 or height % 32:
+                raise UserError(
+                    f"compression: nf4 on this CPU needs layers of multiples of 64 x 32, {name} is "
+                    f"{width} x {height}: use int8 or none"
+                )

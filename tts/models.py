@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import tts.attention  # noqa: F401  registers the attention implementation "tts"
-from tts.compression import check_checkpoint, check_compression, quantization
+from tts.compression import check_checkpoint, check_compression, check_layers, quantization
 from tts.drafting import Draft, PromptLookup, reduced
 from tts.errors import UserError
 from tts.llama import straighten
@@ -239,6 +239,7 @@ def _load(
         attn_implementation="sdpa" if stock else "tts",
         **quantization(compression, DTYPES[dtype], device),
     )
+    check_layers(model)
     if compression == "none":  # else it was loaded to its device, and some forms cannot move
         model = model.to(device)
     model = model.eval().requires_grad_(False)
