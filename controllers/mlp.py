@@ -39,8 +39,9 @@ BLANK = (2.0, 0.5, 0.5, PRIOR, PRIOR, PRIOR)  # a history of nothing
 FAST, SLOW = 1 / 8, 1 / 64  # per label, for the two averages of recent acceptance
 RATE, OPTION = 1 / 32, 1 / 64  # per round, for realised tokens per ms and gain of drafting
 LOOK = 1 / 32  # chance to draft one token more than pays
-PROBE, RARE_PROBE, PATIENCE = 32, 128, 16  # rounds between probes; doubled after 16 in vain
-REPLAY, BATCH, STEPS, STEP_SIZE = 128, 24, 2, 0.01
+PROBE, RARE_PROBE, PATIENCE = 36, 160, 14  # rounds between probes; doubled after 14 in vain
+REPLAY, BATCH, STEPS = 128, 24, 2
+STEP_SIZE, FIT_SIZE = 0.003, 0.01  # of Adam, while decoding and offline
 
 Array = NDArray[np.float64]
 Round = tuple[RoundState, list[Signals], list[float], int]  # state, signals, labels, num_accepted
@@ -159,6 +160,7 @@ class Mlp:
         self._confirmed = 0.0  # probes that confirmed gamma = 0
         self._wait = self._interval()
         self._probing = self._again = False  # this round is a probe; the next one shall be, too
+        self._behind = False  # the draft has not read the newest tokens
         self._survival = 1.0  # that all tokens drafted in this round are accepted
         self._expected = 0.0  # gain in tokens over not drafting, at a constant hazard
         self._option = 0.0  # what was gained beyond that: a draft can stop when it turns out hard
@@ -200,7 +202,9 @@ class Mlp:
         for _ in range(epochs):
             order = self._rng.permutation(len(data.features))
             parts = np.array_split(order, max(1, len(order) // 64))
-            losses = [self._step(Examples(*(column[p] for column in data))) for p in parts]
+            losses = [
+                self._step(Examples(*(column[p] for column in data)), FIT_SIZE) for p in parts
+            ]
         self._moments[:], self._steps = 0.0, 0
         return sum(losses) / len(losses)
 
@@ -228,7 +232,10 @@ class Mlp:
 
     def observe(self, outcome: RoundOutcome) -> None:
         drafted = outcome.num_drafted
-        self.cost.observe(drafted, outcome.draft_ms, outcome.verify_ms)
+        # after rounds without drafts the draft first reads what it missed: not what a draft costs
+        behind, self._behind = self._behind and drafted > 0, drafted == 0
+        if not behind:
+            self.cost.observe(drafted, outcome.draft_ms, outcome.verify_ms)
         # modelled time, so that an outlier moves neither this rate nor its comparison with others
         if not self._ms:
             self._tokens, self._ms = 1.0, self.cost.round_ms(0)
@@ -238,13 +245,13 @@ class Mlp:
         if not labels:
             return
         fresh = self._history.follow((outcome.state, outcome.signals, labels, outcome.num_accepted))
-        self._judge(labels, self.cost.round_ms(drafted) - self.cost.round_ms(0))
+        self._judge(labels, self.cost.round_ms(drafted) - self.cost.round_ms(0), behind)
         if self.learning:
             self._learn(fresh)
 
     def reset(self) -> None:
         self._history.reset()
-        self._survival, self._probing, self._again = 1.0, False, False
+        self._survival, self._probing, self._again, self._behind = 1.0, False, False, False
 
     @property
     def rate(self) -> float:
@@ -262,12 +269,14 @@ class Mlp:
         rounds = min(PROBE * (1 + self._confirmed / PATIENCE), RARE_PROBE)
         return rounds * self._rng.uniform(0.5, 1.5)
 
-    def _judge(self, labels: list[float], extra_ms: float) -> None:
+    def _judge(self, labels: list[float], extra_ms: float, behind: bool) -> None:
         """Learn from a drafted round, which took ``extra_ms``, whether drafting pays."""
         # on average the labels reached sum up to the tokens accepted, with less noise
         gain = sum(labels) - self.rate * extra_ms
         self._option += OPTION * (gain - self._expected - self._option)
-        self._again = self._probing and gain > 0  # look twice before settling at 0 again
+        self._again = self._probing and (behind or gain > 0)  # look twice before settling at 0
+        if self._probing and behind:  # its cost is yet to be seen
+            return
         confirmed = self._probing and not self._again
         self._confirmed = self._confirmed + 1 if confirmed else self._confirmed / 2
 
@@ -289,16 +298,16 @@ class Mlp:
         for _ in range(STEPS):
             old = self._rng.integers(0, min(self._seen, REPLAY), BATCH)
             rows = np.concatenate([slots, old])
-            self._step(Examples(*(column[rows] for column in self._replay)))
+            self._step(Examples(*(column[rows] for column in self._replay)), STEP_SIZE)
 
-    def _step(self, batch: Examples) -> float:
+    def _step(self, batch: Examples, size: float) -> float:
         """One step of Adam."""
         loss, gradient = loss_and_gradient(self.weights, batch)
         self._steps += 1
         first, second = self._moments
         first += 0.1 * (gradient - first)
         second += 0.01 * (gradient**2 - second)
-        scale = STEP_SIZE * math.sqrt(1 - 0.99**self._steps) / (1 - 0.9**self._steps)
+        scale = size * math.sqrt(1 - 0.99**self._steps) / (1 - 0.9**self._steps)
         self.weights -= scale * first / (np.sqrt(second) + 1e-8)
         return loss
 
@@ -327,5 +336,6 @@ class Mlp:
 
 NUMBERS = {
     "steps": int, "seen": int, "tokens": float, "ms": float, "confirmed": float, "wait": float,
-    "probing": bool, "again": bool, "survival": float, "expected": float, "option": float,
+    "probing": bool, "again": bool, "behind": bool, "survival": float, "expected": float,
+    "option": float,
 }  # fmt: skip

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,9 @@ from tts.models import ModelPair
 from tts.records import RoundRecord
 
 OURS, ORACLE = "gamma", "oracle"
+RATIOS = (
+    "measured_over_best_fixed", "priced_over_best_fixed", "priced_over_oracle", "priced_over_ours",
+)  # fmt: skip
 RESAMPLES = 2000
 
 Rounds = dict[str, dict[str, list[RoundRecord]]]  # arm -> conversation -> rounds
@@ -54,7 +58,7 @@ class Policies(ModelOptions, TextOptions, SpeculationOptions):
     gammas: tuple[int, ...] = (0, 1, 2, 3, 4, 6, 8)
     arms: tuple[str, ...] = (OURS, *PUBLISHED, ORACLE)
     or_none: tuple[str, ...] = ("svip", "confidence", "speckv", "specdecpp")
-    segment_tokens: int = 48
+    segment_tokens: int = 32
     conversations: int = 0
     max_new_tokens: int = 384
     results: str = "results"
@@ -113,12 +117,16 @@ def _decode(config: Policies, dialogues: list[RecordedDialogue], results: Result
     pair = config.load()
     arms = _arms(config, pair)
     rounds: Rounds = {name: {} for name in arms}
-    for index, dialogue in enumerate(dialogues):
+    random = np.random.default_rng(config.seed)
+    for dialogue in dialogues:
         turns = {name: _segments(arm, dialogue, config) for name, arm in arms.items()}
-        shift = index % len(arms)  # every dialogue starts with another arm
-        order = [*list(arms)[shift:], *list(arms)[:shift]]
-        for parts in zip(*(turns[name] for name in order), strict=True):
-            for name, part in zip(order, parts, strict=True):
+        while turns:
+            # a new order every time: what the machine does at intervals meets all arms alike
+            for name in random.permutation(list(turns)).tolist():
+                part = next(turns[name], None)
+                if part is None:
+                    del turns[name]
+                    continue
                 rounds[name].setdefault(dialogue.id, []).extend(part)
                 head = {"arm": name, "conversation": dialogue.id, "compression": pair.compression}
                 for record in part:
@@ -186,18 +194,44 @@ def compare(rounds: Rounds, fixed: list[str]) -> dict[str, Any]:
         arm: np.array([sum(r.total_ms for r in rounds) for rounds in texts.values()])
         for arm, texts in rounds.items()
     }
-    best = min(fixed, key=lambda arm: times[arm].sum())
+    price = prices(rounds)
+    priced = {
+        arm: np.array(
+            [sum(price[r.num_drafted] + r.policy_ms for r in rounds) for rounds in texts.values()]
+        )
+        for arm, texts in rounds.items()
+    }
+    best = min(fixed, key=lambda arm: priced[arm].sum())
     held_to = {"best_fixed": best, "oracle": ORACLE, "ours": OURS}
     return {
         "best_fixed": best,
+        "round_ms": price,
         "arms": {
-            arm: _row(pooled[arm]) | {
-                f"over_{name}": _ratio(times[other], times[arm])
-                for name, other in held_to.items() if other in times
+            arm: _row(pooled[arm])
+            | {"priced_tok_s": 1000 * pooled[arm].num_emitted_tokens / float(priced[arm].sum())}
+            | {
+                f"{kind}_over_{name}": _ratio(of[other], of[arm])
+                for kind, of in (("measured", times), ("priced", priced))
+                for name, other in held_to.items()
+                if other in times
             }
             for arm in rounds
         },
-    }  # fmt: skip
+    }
+
+
+def prices(rounds: Rounds) -> dict[int, float]:
+    """Median milliseconds, the policy's aside, of a round with so many drafted tokens, of all arms.
+
+    Taking turns leaves what the machine does within a turn: arms that chose alike have differed by
+    a quarter beside other work. At equal prices they differ by what they chose and by their own
+    policy's time alone.
+    """
+    times: dict[int, list[float]] = {}
+    for texts in rounds.values():
+        for record in (r for of in texts.values() for r in of):
+            times.setdefault(record.num_drafted, []).append(record.total_ms - record.policy_ms)
+    return {drafted: median(values) for drafted, values in sorted(times.items())}
 
 
 def _row(summary: Summary) -> dict[str, Any]:
@@ -225,19 +259,24 @@ def _ratio(base: np.ndarray, times: np.ndarray) -> tuple[float, float, float]:
 
 def _show(compression: str, regime: Mapping[str, Any]) -> None:
     tokens = next(iter(regime["arms"].values()))["tokens"]
-    table = Table(title=f"{compression}: {tokens} tokens an arm; ratios of tokens per second")
-    columns = ("arm", "tok/s", "AL", "drafted", "draft", "verify", "policy", "flips",
-               f"/ {regime['best_fixed']}", "/ oracle", "/ ours")  # fmt: skip
+    best = regime["best_fixed"]
+    table = Table(
+        title=f"{compression}: {tokens} tokens an arm; ratios of tokens per second, the last three "
+        "at equal prices of a round"
+    )
+    columns = ("arm", "tok/s", "priced", "AL", "drafted", "draft", "verify", "policy", "flips",
+               f"/ {best}", f"/ {best}", "/ oracle", "/ ours")  # fmt: skip
     for column in columns:
         table.add_column(column, justify="left" if column == "arm" else "right")
-    for name, row in sorted(regime["arms"].items(), key=lambda item: -item[1]["tok_s"]):
+    for name, row in sorted(regime["arms"].items(), key=lambda item: -item[1]["priced_tok_s"]):
         table.add_row(
-            name, f"{row['tok_s']:.2f}", f"{row['acceptance_length']:.3f}", f"{row['drafted']:.2f}",
+            name, f"{row['tok_s']:.1f}", f"{row['priced_tok_s']:.1f}",
+            f"{row['acceptance_length']:.3f}", f"{row['drafted']:.2f}",
             f"{row['draft_share']:.2f}", f"{row['verify_share']:.2f}", f"{row['policy_ms']:.2f} ms",
             f"{row['flips']:.4f}",
-            *(_interval(row.get(f"over_{other}")) for other in ("best_fixed", "oracle", "ours")),
+            *(_interval(row.get(ratio)) for ratio in RATIOS),
         )  # fmt: skip
-    Console(width=150).print(table)
+    Console(width=190).print(table)
 
 
 def _interval(ratio: tuple[float, float, float] | None) -> str:

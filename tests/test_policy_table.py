@@ -48,7 +48,7 @@ def test_every_arm_commits_the_path_and_is_held_to_the_best_fixed_gamma(models, 
     tokens = {row["tokens"] for row in found["arms"].values()}
     assert len(tokens) == 1
     assert all(row["flips"] == 0 for row in found["arms"].values())
-    assert found["arms"]["oracle"]["over_oracle"] == [1.0, 1.0, 1.0]
+    assert found["arms"]["oracle"]["priced_over_oracle"] == [1.0, 1.0, 1.0]
     assert found["arms"]["fixed 0"]["acceptance_length"] == 1
     lengths = [row["acceptance_length"] for row in found["arms"].values()]
     assert found["arms"]["oracle"]["acceptance_length"] == max(lengths)
@@ -80,22 +80,27 @@ def test_pieces_hold_every_token_and_none_is_single():
         assert length == 1 or min(map(len, pieces)) > 1
 
 
-def rounds(ms):
-    return [
-        RoundRecord(0, 0, 9, 1, 1, 0, 1, None, draft_ms=ms / 4, verify_ms=ms / 2, total_ms=ms)
-    ] * 4
+def rounds(drafted, ms):
+    times = {"draft_ms": ms / 4, "verify_ms": ms / 2, "total_ms": ms}
+    return [RoundRecord(0, 0, 9, drafted, drafted, 0, 1, None, **times)] * 4
 
 
-def test_ratios_are_of_times_and_the_best_fixed_gamma_is_the_fastest():
-    arms = {"fixed 0": 20.0, "fixed 2": 10.0, "gamma": 12.5, "oracle": 8.0}
-    found = compare({a: {"x": rounds(t), "y": rounds(t)} for a, t in arms.items()},
-                    ["fixed 0", "fixed 2"])  # fmt: skip
+def test_ratios_are_of_times_measured_and_at_equal_prices():
+    arms = {"fixed 0": (0, 20.0), "fixed 2": (2, 10.0), "gamma": (2, 12.5), "oracle": (1, 8.0)}
+    found = compare(
+        {arm: {"x": rounds(*of), "y": rounds(*of)} for arm, of in arms.items()},
+        ["fixed 0", "fixed 2"],
+    )
     assert found["best_fixed"] == "fixed 2"
     row = found["arms"]["gamma"]
-    assert row["over_best_fixed"] == pytest.approx((0.8, 0.8, 0.8))
-    assert row["over_oracle"][0] == pytest.approx(0.64)
+    assert row["measured_over_best_fixed"] == pytest.approx((0.8, 0.8, 0.8))
+    assert row["measured_over_oracle"][0] == pytest.approx(0.64)
     assert (row["draft_share"], row["verify_share"]) == (0.25, 0.5)
-    assert found["arms"]["fixed 0"]["over_ours"][0] == pytest.approx(0.625)
+    assert found["arms"]["fixed 0"]["measured_over_ours"][0] == pytest.approx(0.625)
+    # rounds of two drafted tokens took 10 or 12.5 ms: at equal prices the two arms are one
+    assert found["round_ms"] == pytest.approx({0: 20.0, 1: 8.0, 2: 11.25})
+    assert row["priced_over_best_fixed"] == pytest.approx((1.0, 1.0, 1.0))
+    assert row["priced_over_oracle"][0] == pytest.approx(8 / 11.25)
 
 
 @pytest.mark.parametrize("pays", [True, False])
