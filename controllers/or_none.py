@@ -5,8 +5,8 @@ from typing import Any
 from controllers.plain import Plain
 from tts.policy import LengthPolicy, RoundOutcome, RoundState, Signals
 
-FIRST = 8  # rounds that alternate before anything is judged
-PROBE = 16  # every so many rounds the slower of the two is played
+FIRST = 8  # rounds that alternate in pairs before anything is judged
+PROBE = 16  # every so many rounds the slower of the two plays two
 RATE = 1 / 16  # per round played, of the measured tokens and milliseconds
 
 
@@ -21,6 +21,7 @@ class OrNone(Plain):
         self._policy = policy
         self._rounds = 0
         self._drafting = True  # this round is the policy's
+        self._behind = False  # the draft has not read the newest tokens
         self._tokens, self._ms = [0.0, 0.0], [0.0, 0.0]  # without and with drafts, decayed
 
     def plan(self, state: RoundState) -> int:
@@ -29,8 +30,8 @@ class OrNone(Plain):
         )
         self._drafting = drafts >= none
         if self._rounds < FIRST:
-            self._drafting = self._rounds % 2 == 0
-        elif self._rounds % PROBE == 0:
+            self._drafting = self._rounds % 4 < 2
+        elif self._rounds % PROBE < 2:
             self._drafting = not self._drafting
         self._rounds += 1
         return self._policy.plan(state) if self._drafting else 0
@@ -40,9 +41,11 @@ class OrNone(Plain):
 
     def observe(self, outcome: RoundOutcome) -> None:
         played = int(self._drafting)
-        rate = RATE if self._ms[played] else 1.0
-        self._tokens[played] += rate * (outcome.num_accepted + 1 - self._tokens[played])
-        self._ms[played] += rate * (outcome.draft_ms + outcome.verify_ms - self._ms[played])
+        behind, self._behind = self._behind and self._drafting, not self._drafting
+        if not behind:  # else the draft first read what it had missed
+            rate = RATE if self._ms[played] else 1.0
+            self._tokens[played] += rate * (outcome.num_accepted + 1 - self._tokens[played])
+            self._ms[played] += rate * (outcome.draft_ms + outcome.verify_ms - self._ms[played])
         if self._drafting:
             self._policy.observe(outcome)
 
