@@ -1,6 +1,6 @@
 """A small network that learns, while decoding, how far it pays to draft.
 
-policy = Mlp.shipped(cap=8, seed=0)
+policy = make_policy("mlp", cap=8, seed=0)
 
 It predicts a hazard per offset: the probability that a token is accepted given that all before it
 were. A round that is rejected early says nothing about later offsets, and a hazard needs no such
@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from controllers.cost import CostModel
+from tts.errors import UserError
 from tts.policy import RoundOutcome, RoundState, Signals
 
 FEATURES = (
@@ -30,7 +31,6 @@ FEATURES = (
     "fast", "slow", "last_accepted", "position", "compression",
 )  # fmt: skip
 COMPRESSION = {"none": 0.0, "int8": 0.5, "nf4": 1.0}  # of the target's weights
-SHIPPED = Path(__file__).with_name("mlp_weights.json")
 
 HIDDEN = 16
 SHAPES = ((len(FEATURES), HIDDEN), (HIDDEN,), (HIDDEN, 2), (2,))
@@ -39,8 +39,9 @@ BLANK = (2.0, 0.5, 0.5, PRIOR, PRIOR, PRIOR)  # a history of nothing
 FAST, SLOW = 1 / 8, 1 / 64  # per label, for the two averages of recent acceptance
 RATE, OPTION = 1 / 32, 1 / 64  # per round, for realised tokens per ms and gain of drafting
 LOOK = 1 / 32  # chance to draft one token more than pays
-PROBE, RARE_PROBE, PATIENCE = 32, 128, 16  # rounds between probes; doubled after 16 in vain
-REPLAY, BATCH, STEPS, STEP_SIZE = 128, 24, 2, 0.01
+PROBE, RARE_PROBE, PATIENCE = 36, 160, 14  # rounds between probes; doubled after 14 in vain
+REPLAY, BATCH, STEPS = 128, 24, 2
+STEP_SIZE, FIT_SIZE = 0.003, 0.01  # of Adam, while decoding and offline
 
 Array = NDArray[np.float64]
 Round = tuple[RoundState, list[Signals], list[float], int]  # state, signals, labels, num_accepted
@@ -73,7 +74,7 @@ class History:
         offset, carried = 0, 1.0
         if newest is not None:
             offset, carried = newest.offset + 1, 0.0
-            entropy, confidence, probability = newest[1:]
+            entropy, confidence, probability = newest[1:4]
         position = math.log1p(state.position) / 10
         said = [offset / 8, min(entropy, 12.0) / 4, confidence, probability, carried]
         return [*said, *recent, position, self.compression]
@@ -91,7 +92,7 @@ class History:
         for label in labels:
             fast += FAST * (label - fast)
             slow += SLOW * (label - slow)
-        self.values = [*signals[known - 1][1:], fast, slow, num_accepted / len(signals)]
+        self.values = [*signals[known - 1][1:4], fast, slow, num_accepted / len(signals)]
         return Examples(np.array(rows), targets)
 
 
@@ -107,6 +108,13 @@ def split(weights: Array) -> list[Array]:
     ends = np.cumsum([math.prod(shape) for shape in SHAPES])
     parts = np.split(weights, ends[:-1])
     return [part.reshape(shape) for part, shape in zip(parts, SHAPES, strict=True)]
+
+
+def hazards(weights: Array, features: Array) -> Array:
+    """Predicted acceptance of the newest token and of the next one, `[rows, 2]`."""
+    w1, b1, w2, b2 = split(weights)
+    z: Array = np.tanh(features @ w1 + b1) @ w2 + b2
+    return 0.5 + 0.5 * np.tanh(z / 2)
 
 
 def loss_and_gradient(weights: Array, batch: Examples) -> tuple[float, Array]:
@@ -152,24 +160,40 @@ class Mlp:
         self._confirmed = 0.0  # probes that confirmed gamma = 0
         self._wait = self._interval()
         self._probing = self._again = False  # this round is a probe; the next one shall be, too
+        self._behind = False  # the draft has not read the newest tokens
         self._survival = 1.0  # that all tokens drafted in this round are accepted
         self._expected = 0.0  # gain in tokens over not drafting, at a constant hazard
         self._option = 0.0  # what was gained beyond that: a draft can stop when it turns out hard
 
     @classmethod
-    def shipped(
-        cls, *, cap: int = 8, learning: bool = True, seed: int = 0, compression: float = 0.0
+    def load(
+        cls,
+        file: Path,
+        *,
+        cap: int = 8,
+        learning: bool = True,
+        seed: int = 0,
+        compression: float = 0.0,
     ) -> "Mlp":
-        """The policy with the weights that came with the package, else with a plain prior."""
+        """The policy with the weights in ``file``.
+
+        Raises:
+            UserError: for a file that `save` did not write.
+        """
         policy = cls(cap=cap, learning=learning, seed=seed, compression=compression)
-        if SHIPPED.exists():
-            saved = json.loads(SHIPPED.read_text())
-            assert tuple(saved["features"]) == FEATURES
+        try:
+            saved = json.loads(file.read_text())
+            if tuple(saved["features"]) != FEATURES:
+                raise ValueError("other features")
             policy.weights[:] = saved["weights"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"weights: {file} holds no gamma MLP ({error}): write it with `tts fit`"
+            ) from None
         return policy
 
     def save(self, path: Path) -> None:
-        """Write the weights as JSON, in the form of ``SHIPPED``."""
+        """Write the weights as JSON."""
         path.write_text(json.dumps({"features": FEATURES, "weights": self.weights.tolist()}))
 
     def train(self, data: Examples, epochs: int = 20) -> float:
@@ -178,7 +202,9 @@ class Mlp:
         for _ in range(epochs):
             order = self._rng.permutation(len(data.features))
             parts = np.array_split(order, max(1, len(order) // 64))
-            losses = [self._step(Examples(*(column[p] for column in data))) for p in parts]
+            losses = [
+                self._step(Examples(*(column[p] for column in data)), FIT_SIZE) for p in parts
+            ]
         self._moments[:], self._steps = 0.0, 0
         return sum(losses) / len(losses)
 
@@ -206,7 +232,10 @@ class Mlp:
 
     def observe(self, outcome: RoundOutcome) -> None:
         drafted = outcome.num_drafted
-        self.cost.observe(drafted, outcome.draft_ms, outcome.verify_ms)
+        # after rounds without drafts the draft first reads what it missed: not what a draft costs
+        behind, self._behind = self._behind and drafted > 0, drafted == 0
+        if not behind:
+            self.cost.observe(drafted, outcome.draft_ms, outcome.verify_ms)
         # modelled time, so that an outlier moves neither this rate nor its comparison with others
         if not self._ms:
             self._tokens, self._ms = 1.0, self.cost.round_ms(0)
@@ -216,13 +245,13 @@ class Mlp:
         if not labels:
             return
         fresh = self._history.follow((outcome.state, outcome.signals, labels, outcome.num_accepted))
-        self._judge(labels, self.cost.round_ms(drafted) - self.cost.round_ms(0))
+        self._judge(labels, self.cost.round_ms(drafted) - self.cost.round_ms(0), behind)
         if self.learning:
             self._learn(fresh)
 
     def reset(self) -> None:
         self._history.reset()
-        self._survival, self._probing, self._again = 1.0, False, False
+        self._survival, self._probing, self._again, self._behind = 1.0, False, False, False
 
     @property
     def rate(self) -> float:
@@ -240,12 +269,14 @@ class Mlp:
         rounds = min(PROBE * (1 + self._confirmed / PATIENCE), RARE_PROBE)
         return rounds * self._rng.uniform(0.5, 1.5)
 
-    def _judge(self, labels: list[float], extra_ms: float) -> None:
+    def _judge(self, labels: list[float], extra_ms: float, behind: bool) -> None:
         """Learn from a drafted round, which took ``extra_ms``, whether drafting pays."""
         # on average the labels reached sum up to the tokens accepted, with less noise
         gain = sum(labels) - self.rate * extra_ms
         self._option += OPTION * (gain - self._expected - self._option)
-        self._again = self._probing and gain > 0  # look twice before settling at 0 again
+        self._again = self._probing and (behind or gain > 0)  # look twice before settling at 0
+        if self._probing and behind:  # its cost is yet to be seen
+            return
         confirmed = self._probing and not self._again
         self._confirmed = self._confirmed + 1 if confirmed else self._confirmed / 2
 
@@ -267,16 +298,16 @@ class Mlp:
         for _ in range(STEPS):
             old = self._rng.integers(0, min(self._seen, REPLAY), BATCH)
             rows = np.concatenate([slots, old])
-            self._step(Examples(*(column[rows] for column in self._replay)))
+            self._step(Examples(*(column[rows] for column in self._replay)), STEP_SIZE)
 
-    def _step(self, batch: Examples) -> float:
+    def _step(self, batch: Examples, size: float) -> float:
         """One step of Adam."""
         loss, gradient = loss_and_gradient(self.weights, batch)
         self._steps += 1
         first, second = self._moments
         first += 0.1 * (gradient - first)
         second += 0.01 * (gradient**2 - second)
-        scale = STEP_SIZE * math.sqrt(1 - 0.99**self._steps) / (1 - 0.9**self._steps)
+        scale = size * math.sqrt(1 - 0.99**self._steps) / (1 - 0.9**self._steps)
         self.weights -= scale * first / (np.sqrt(second) + 1e-8)
         return loss
 
@@ -305,5 +336,6 @@ class Mlp:
 
 NUMBERS = {
     "steps": int, "seen": int, "tokens": float, "ms": float, "confirmed": float, "wait": float,
-    "probing": bool, "again": bool, "survival": float, "expected": float, "option": float,
+    "probing": bool, "again": bool, "behind": bool, "survival": float, "expected": float,
+    "option": float,
 }  # fmt: skip

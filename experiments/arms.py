@@ -2,11 +2,13 @@
 
 from typing import NamedTuple
 
-from controllers import PUBLISHED, make_policy
+from controllers import HEADS, PUBLISHED, make_policy
 from experiments.options import SpeculationOptions
 from tts.engine import SpeculativeDecoder
 from tts.errors import UserError
+from tts.fingerprint import model_fingerprint
 from tts.models import PROMPT_LOOKUP, ModelPair
+from tts.policy import LengthPolicy
 
 
 class Arm(NamedTuple):
@@ -26,26 +28,39 @@ ARMS = {
     "draft_window": Arm(draft=True, window=True),
     "gamma": Arm(policy="mlp"),
     "both": Arm(policy="mlp", draft=True),
-    **{name: Arm(policy=name) for name in PUBLISHED},
+    **{name: Arm(policy=name) for name in (*PUBLISHED, "oracle")},
 }
 
 
 def build(name: str, pair: ModelPair, options: SpeculationOptions) -> SpeculativeDecoder:
     """The decoder of the arm ``name``."""
     arm = ARMS[name]
-    policy = make_policy(
-        arm.policy or options.policy,
-        gamma=options.gamma if arm.gamma is None else arm.gamma,
-        cap=options.cap,
-        learning=options.gamma_updates,
-    )
     return SpeculativeDecoder(
         pair,
-        policy=policy,
+        policy=build_policy(name, pair, options),
         distill=options.distill if arm.draft and options.draft_updates else None,
         acceptance=options.acceptance,
         draft_window=options.window if arm.window else None,
     )
+
+
+def build_policy(name: str, pair: ModelPair, options: SpeculationOptions) -> LengthPolicy:
+    """The policy of the arm ``name``; raises UserError if it was fitted for another draft."""
+    arm, policy = ARMS[name], policy_of(name, options)
+    return make_policy(
+        policy,
+        gamma=options.gamma if arm.gamma is None else arm.gamma,
+        cap=options.cap,
+        learning=options.gamma_updates,
+        compression=pair.compression,
+        weights=options.weights_folder,
+        draft=model_fingerprint(pair.draft_model) if policy in HEADS else None,
+    )
+
+
+def policy_of(name: str, options: SpeculationOptions) -> str:
+    """Which policy the arm ``name`` plays."""
+    return ARMS[name].policy or options.policy
 
 
 def check_arms(names: tuple[str, ...], draft: str | None) -> None:
@@ -57,5 +72,9 @@ def check_arms(names: tuple[str, ...], draft: str | None) -> None:
             raise UserError(f"arms: {name!r} is not one of {', '.join(ARMS)}")
         if ARMS[name].draft and draft == PROMPT_LOOKUP:
             raise UserError(f"arms: {name} needs a draft that learns, {draft} copies: leave it out")
+        if ARMS[name].policy in HEADS and draft == PROMPT_LOOKUP:
+            raise UserError(
+                f"arms: {name} reads the draft's states, {draft} has none: leave it out"
+            )
     if len(set(names)) < len(names):
         raise UserError(f"arms: {', '.join(names)} names one twice")

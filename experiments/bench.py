@@ -148,8 +148,10 @@ def _arms(config: Bench, pair: ModelPair) -> dict[str, Arm]:
     if config.learners:
         # a segment is short: what they learn is carried from one to the next
         distill = replace(config.distill, scope="session")
-        arms["ours, gamma MLP"] = _ours(pair, make_policy("mlp"))
-        arms["ours, gamma MLP and draft learn"] = _ours(pair, make_policy("mlp"), distill)
+        arms["ours, gamma MLP"] = _ours(pair, make_policy("mlp", compression=pair.compression))
+        arms["ours, gamma MLP and draft learn"] = _ours(
+            pair, make_policy("mlp", compression=pair.compression), distill
+        )
         if config.learning_gamma:
             arms[f"ours, gamma {config.learning_gamma}, draft learns"] = _ours(
                 pair, make_policy("fixed", gamma=config.learning_gamma), distill

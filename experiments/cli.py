@@ -27,11 +27,17 @@ VERBS = {
     "run": Verb("experiments.run", "Run", "run", "decode conversations, curve over the output"),
     "record": Verb("experiments.record", "Record", "record", "write a token path for paired runs"),
     "bench": Verb("experiments.bench", "Bench", "bench", "time it beside transformers"),
-    "profile": Verb("experiments.profile", "Profile", "profile", "what a pass costs"),
+    "profile": Verb(
+        "experiments.profile", "Profile", "profile", "what a pass costs; records for `tts fit`"
+    ),
     "compare": Verb(
         "experiments.compare", "Compare", "compare", "join the records of several runs"
     ),
-    "fit": Verb("experiments.fit", "Fit", "fit", "fit where the gamma MLP starts"),
+    "fit": Verb("experiments.fit", "Fit", "fit", "fit the learned policies to step records"),
+    "policies": Verb(
+        "experiments.policies", "Policies", "policies", "every length policy on the same paths"
+    ),
+    "export": Verb("experiments.export", "Export", "export", "a policy as a table, for a server"),
     "sweep": Verb("experiments.sweep", "Sweep", "sweep", "compare learning settings on a path"),
     "speckv": Verb("experiments.speckv", "SpecKv", "speckv", "SpecKV's records, read twice"),
     "selftext": Verb(

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from controllers.oracle import Oracle
 from experiments.options import TextOptions
 from experiments.workload import Dialogue, RecordedDialogue
 from tts.conversation import Conversation
@@ -48,6 +49,8 @@ def decode(
         if left < 1 or (full and index > 0):  # a first turn that does not fit is an error
             break
         path = dialogue.answers[index] if isinstance(dialogue, RecordedDialogue) else None
+        if path is not None and isinstance(decoder.policy, Oracle):
+            decoder.policy.follow(chat.session.generated, path)
         result = decoder.generate(
             ids,
             session=chat.session,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
-from controllers import make_policy
+from controllers import WEIGHTS, make_policy
 from tts.distill.config import DistillConfig
 from tts.engine import ACCEPTANCE
 from tts.errors import UserError
@@ -22,16 +22,25 @@ class ModelOptions:
         draft: folder, hub id or prompt_lookup; None takes the draft shipped for a packaged target.
         dtype: bfloat16, float16 or float32.
         device: cpu or cuda.
+        compression: of the target's weights: none, int8 or nf4 (see `tts.compression`).
     """
 
     target: str = "smollm2-135m"
     draft: str | None = None
     dtype: str = "bfloat16"
     device: str = "cpu"
+    compression: str = "none"
 
     def load(self, stock: bool = False) -> ModelPair:
         """The pair; ``stock`` leaves out our attention and packing, as transformers loads it."""
-        return load_pair(self.target, self.draft, dtype=self.dtype, device=self.device, stock=stock)
+        return load_pair(
+            self.target,
+            self.draft,
+            dtype=self.dtype,
+            device=self.device,
+            compression=self.compression,
+            stock=stock,
+        )
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,7 @@ class TextOptions:
     """What is decoded, and how tokens are chosen.
 
     Args:
-        workload: tune, judge, single, or a JSON file of conversations (see `tts.workload`).
+        workload: tune, judge, single, tasks, or a JSON file of conversations (see `tts.workload`).
         conversations: decode only the first so many (0: all).
         max_new_tokens: generated tokens a conversation.
         turn_tokens: generated tokens a turn at most.
@@ -97,7 +106,8 @@ class SpeculationOptions:
         window: sliding window over the draft's context, of the arms ``window``, ``draft_window``.
         distill: how the draft learns in the arms that let it.
         draft_updates: False: no arm's draft learns.
-        gamma_updates: False: no arm's gamma MLP learns; it stays as it was shipped.
+        gamma_updates: False: no arm's gamma MLP learns; it stays as it was fitted.
+        weights: folder of `tts fit` for the policies that are fitted ("": what ships).
     """
 
     acceptance: str = "coupled"
@@ -108,15 +118,21 @@ class SpeculationOptions:
     distill: DistillConfig = field(default_factory=DistillConfig)
     draft_updates: bool = True
     gamma_updates: bool = True
+    weights: str = ""
 
     def __post_init__(self) -> None:
         if self.acceptance not in ACCEPTANCE:
             raise UserError(
                 f"acceptance: {self.acceptance!r} is not one of {', '.join(ACCEPTANCE)}"
             )
-        make_policy(self.policy, gamma=self.gamma, cap=self.cap)
+        make_policy(self.policy, gamma=self.gamma, cap=self.cap, weights=self.weights_folder)
         if self.window < 1:
             raise UserError(f"window: {self.window} sees nothing: use at least 1")
+
+    @property
+    def weights_folder(self) -> Path:
+        """Of the policies that are fitted."""
+        return Path(self.weights).expanduser() if self.weights else WEIGHTS
 
 
 def readable(path: str, field: str) -> Path:

@@ -1,43 +1,72 @@
-"""`tts profile`: what a pass costs by rows and context, beside the floor of memory bandwidth."""
+"""`tts profile`: what a pass costs, and with --records what every gamma would have given.
+
+Passes are timed by rows and context, beside the floor of memory bandwidth. Step records are taken
+at every compression of the target in turn (see `experiments.steps`).
+"""
 
 import os
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from experiments.options import ModelOptions
+from controllers import make_policy
+from experiments import steps
+from experiments.collect import collect
+from experiments.options import ModelOptions, TextOptions
 from experiments.report import number
+from experiments.signals import show_signals, signal_summary
+from experiments.workload import dialogues
 from tts.cached_model import CachedModel
+from tts.compression import COMPRESSION, check_compression
 from tts.errors import UserError
+from tts.fingerprint import model_fingerprint
 from tts.models import ModelPair
 
 
 @dataclass(frozen=True)
-class Profile(ModelOptions):
-    """Time passes of target and draft by number of rows and context.
+class Profile(ModelOptions, TextOptions):
+    """Time passes of target and draft by number of rows and context, or write step records.
 
     Args:
         contexts: tokens before the pass.
         rows: tokens in a pass; gamma drafts are verified by gamma + 1.
         repeats: passes each; their median is shown.
+        records: file of step records to write instead; it must not exist. The workload is decoded,
+            the shipped one of four tasks by default.
+        compressions: of the target, each of which decodes the whole workload.
+        cap: tokens drafted at every state.
     """
+
+    workload: str = "tasks"
+    conversations: int = 0
+    max_new_tokens: int = 72
 
     contexts: tuple[int, ...] = (500, 2000, 6000)
     rows: tuple[int, ...] = (1, 2, 3, 5, 9)
     repeats: int = 15
+    records: str = ""
+    compressions: tuple[str, ...] = COMPRESSION
+    cap: int = 8
 
     def __post_init__(self) -> None:
+        TextOptions.__post_init__(self)
+        make_policy("svip", cap=self.cap)
+        for compression in self.compressions:
+            check_compression(compression)
         if min((*self.contexts, *self.rows, self.repeats), default=0) < 1:
             raise UserError("contexts, rows, repeats: use positive numbers")
 
 
 def profile(config: Profile) -> dict[str, Any]:
-    """Time, print, return the JSON summary."""
+    """Measure, print, return the JSON summary."""
+    if config.records:
+        return _records(config)
     pair = config.load()
     bandwidth = read_bandwidth(pair.target.device)
     verify: dict[int, dict[int, float]] = {}
@@ -56,6 +85,27 @@ def profile(config: Profile) -> dict[str, Any]:
     }
     _show(config, summary)
     return summary
+
+
+def _records(config: Profile) -> dict[str, Any]:
+    """Write the step records of every compression; print what their signals are worth."""
+    file = Path(config.records)
+    if file.exists():
+        raise UserError(f"records: {file} exists: choose another name")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    prompts, written, states = dialogues(config), [], []
+    for compression in config.compressions:
+        pair = replace(config, compression=compression).load()
+        for step, hidden in collect(pair, prompts, config, config.cap):
+            steps.append(file, step)
+            written.append(step)
+            states.append(hidden)
+    if not written:
+        raise UserError(f"max_new_tokens: {config.max_new_tokens} leave no step of {config.cap}")
+    steps.write_hidden(file, states, model_fingerprint(pair.draft_model))
+    summary = signal_summary(written)
+    show_signals(summary)
+    return {"records": str(file), "load": os.getloadavg()[0]} | summary
 
 
 def read_bandwidth(device: torch.device) -> float:

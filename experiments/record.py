@@ -28,6 +28,8 @@ class Record(ModelOptions, TextOptions, SpeculationOptions):
     def __post_init__(self) -> None:
         TextOptions.__post_init__(self)
         SpeculationOptions.__post_init__(self)
+        if self.policy == "oracle":
+            raise UserError("policy: oracle needs the text that is yet to be written: use fixed")
 
 
 def record(config: Record) -> dict[str, Any]:
@@ -47,7 +49,7 @@ def record(config: Record) -> dict[str, Any]:
         written.append(recorded(text, done))
         PathFile(
             config.target, config.dtype, config.temperature, config.top_p, config.top_k,
-            config.repetition_penalty, written,
+            config.repetition_penalty, written, config.compression,
         ).write(out)  # fmt: skip
         windows = distinct_4_windows(done.tokens)
         loops = "  LOOPS" if any(value < LOOP for value in windows) else ""

@@ -47,7 +47,8 @@ def arms_table(arms: Mapping[str, Mapping[str, Rounds]], title: str) -> Table:
     row("update share of time", lambda s: number(s.update_ms / s.total_ms, 3))
     row("updates (taken back)", lambda s: f"{s.num_updates} ({s.num_taken_back})")
     row("tokens with an adapted draft", lambda s: number(s.adapted_share, 2))
-    row("path mismatches", lambda s: str(s.path_mismatches))
+    row("path mismatches, per token", lambda s:
+        f"{s.path_mismatches}, {number(s.path_mismatch_rate, 4)}")  # fmt: skip
     return table
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments.arms import build, check_arms
+from experiments.arms import build, build_policy, check_arms, policy_of
 from experiments.curves import CURVES, ahead_from, bin_edges, length
 from experiments.decode import Decoded, OnRound, decode, recorded
 from experiments.live import Live
@@ -51,6 +51,11 @@ class Run(ModelOptions, TextOptions, SpeculationOptions):
         TextOptions.__post_init__(self)
         SpeculationOptions.__post_init__(self)
         check_arms(self.arms, self.draft)
+        if not self.path and policy_of(self.arms[0], self) == "oracle":
+            raise UserError(
+                "arms: the first one writes the text, oracle needs it in advance: give a path, or "
+                "put another arm first"
+            )
         if self.wandb not in MODES:
             raise UserError(f"wandb: {self.wandb!r} is not one of {', '.join(MODES)}")
 
@@ -66,6 +71,8 @@ def run(config: Run) -> dict[str, Any]:
     status = "interrupted"
     try:
         pair = config.load()
+        for arm in config.arms:
+            build_policy(arm, pair, config)  # what does not fit is refused before anything runs
         for text in texts:
             current: Dialogue | RecordedDialogue = text
             for arm in config.arms:
@@ -102,7 +109,12 @@ class Measured:
     ) -> OnRound:
         """Called after every round of ``arm`` on ``text``."""
         rounds = self._arms.setdefault(arm, {}).setdefault(text.id, [])
-        head = {"arm": arm, "conversation": text.id, "seed": self._config.seed + text.seed}
+        head = {
+            "arm": arm,
+            "conversation": text.id,
+            "seed": self._config.seed + text.seed,
+            "compression": self._config.compression,
+        }
 
         def on_round(turn: int, record: RoundRecord) -> None:
             rounds.append(record)
@@ -154,6 +166,7 @@ class Measured:
         summary = {
             "results": str(self._results.folder),
             "status": status,
+            "compression": self._config.compression,
             "arms": {arm: asdict(summarise(rounds)) for arm, rounds in pooled.items()},
             "distinct_4_per_1000": {
                 f"{s['conversation']}/{s['arm']}": s["distinct_4_per_1000"] for s in self._samples
@@ -200,8 +213,9 @@ class Measured:
         c = self._config
         texts = max((len(texts) for texts in self._arms.values()), default=0)
         return (
-            f"{c.target}, {c.dtype}, {c.workload}, temperature {c.temperature}, top-p {c.top_p}, "
-            f"{c.acceptance}, gamma {c.gamma}, seed {c.seed}, n = {texts}"
+            f"{c.target}, {c.dtype}, compression {c.compression}, {c.workload}, "
+            f"temperature {c.temperature}, top-p {c.top_p}, {c.acceptance}, "
+            f"gamma {c.gamma}, seed {c.seed}, n = {texts}"
         )
 
 
@@ -209,7 +223,7 @@ def _texts(config: Run) -> list[Dialogue] | list[RecordedDialogue]:
     if not config.path:
         return dialogues(config)
     path = PathFile.read(config.path)
-    path.check(config, config.target)
+    path.check(config, config)
     return path.dialogues[: config.conversations or None]
 
 

@@ -93,8 +93,8 @@ def as_published(steps: Records) -> dict[str, float]:
         np.arange(len(steps.rate)), test_size=0.2, random_state=SEED, stratify=strata
     )
     x = steps.features(steps.gamma, causal=False)
-    predicted = _regressor(x[train], steps.rate[train]).predict(x[test])
-    model = _regressor(x, steps.rate)  # the refit on all rows, test rows included
+    predicted = regressor(x[train], steps.rate[train]).predict(x[test])
+    model = regressor(x, steps.rate)  # the refit on all rows, test rows included
     expected = _expected(model, steps, causal=False)[test]  # [rows, gammas]
     chosen = expected.max(1)
     return {
@@ -121,7 +121,7 @@ def as_measured(steps: Records, times: dict[str, dict[str, Any]]) -> dict[str, f
     x = steps.features(steps.gamma, causal=True)
     for fold in range(FOLDS):
         held = steps.prompt % FOLDS == fold  # every task in every fold
-        model = _regressor(x[~held], steps.rate[~held])
+        model = regressor(x[~held], steps.rate[~held])
         guessed[held] = model.predict(x[held])
         expected = _expected(model, steps, causal=True)[held]
         by_tokens[held] = expected.argmax(1)
@@ -214,7 +214,7 @@ def step_times(rows: list[dict[str, str]]) -> dict[str, dict[str, Any]]:
     return made
 
 
-def _regressor(x: Array, y: Array) -> Any:
+def regressor(x: Array, y: Array) -> Any:
     """The paper's: one hidden layer of 16, scikit-learn's defaults otherwise."""
     from sklearn.neural_network import MLPRegressor
 

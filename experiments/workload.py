@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.options import TextOptions, readable
+from experiments.options import ModelOptions, TextOptions, readable
 from tts.errors import UserError
 
 FOLDER = Path(__file__).parent / "workload"
-SHIPPED = ("tune", "judge", "single")
+SHIPPED = ("tune", "judge", "single", "tasks")
+FILES = {"single": "single_subject.json", "tasks": "tasks.json"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class PathFile:
     top_k: int
     repetition_penalty: float
     dialogues: list[RecordedDialogue]
+    compression: str = "none"  # of the target that wrote it
 
     def write(self, file: Path) -> None:
         """Atomically."""
@@ -65,7 +67,7 @@ class PathFile:
                 f"path: {path!r} is not a recorded path ({error}): make one with `tts record`"
             ) from None
 
-    def check(self, text: TextOptions, target: str) -> None:
+    def check(self, text: TextOptions, models: ModelOptions) -> None:
         """Paired arms must draft with the noise and the warping that the path was drawn with."""
         for field in ("temperature", "top_p", "top_k", "repetition_penalty"):
             if getattr(self, field) != getattr(text, field):
@@ -73,8 +75,15 @@ class PathFile:
                     f"{field}: {getattr(text, field)} is not the {getattr(self, field)} that the "
                     "path was recorded with: use the same"
                 )
-        if self.target != target:
-            raise UserError(f"target: {target!r} did not write this path, {self.target!r} did")
+        if self.target != models.target:
+            raise UserError(
+                f"target: {models.target!r} did not write this path, {self.target!r} did"
+            )
+        if self.compression != models.compression:
+            raise UserError(
+                f"compression: {models.compression} is not the {self.compression} that the path "
+                "was recorded with: record one of its own"
+            )
 
 
 def dialogues(options: TextOptions) -> list[Dialogue]:
@@ -85,8 +94,8 @@ def dialogues(options: TextOptions) -> list[Dialogue]:
     """
     name = options.workload
     if name in SHIPPED:
-        file = FOLDER / ("single_subject.json" if name == "single" else "conversations.json")
-        found = [d for d in _parse(file) if name == "single" or d["split"] == name]
+        file = FOLDER / FILES.get(name, "conversations.json")
+        found = [d for d in _parse(file) if name in FILES or d["split"] == name]
     else:
         found = _parse(readable(name, "workload"))
     made = [

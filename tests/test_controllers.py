@@ -141,7 +141,8 @@ def test_probes_are_few_but_never_end_once_settled_at_zero():
     world, policy = World(0.1), make_policy("mlp")
     world.drafted(policy, 500)
     gammas = world.drafted(policy, 1500)
-    assert 0 < sum(g > 0 for g in gammas) < 0.03 * len(gammas)
+    # two rounds a probe: in the first the draft reads what it missed, only the second is timed
+    assert 0 < sum(g > 0 for g in gammas) < 0.04 * len(gammas)
     assert sum(round_ms(g) - BASE_MS for g in gammas) < 0.01 * sum(map(round_ms, gammas))
 
 

@@ -50,10 +50,10 @@ def tts(models, tmp_path, capsys):
 
 
 def test_published_policies_are_arms_on_the_same_text(tts):
-    code, out, _ = tts("run", "--arms=[static,svip,confidence,bandit]")
+    code, out, _ = tts("run", "--arms=[static,svip,confidence,bandit,oracle]")
     assert code == 0
     arms = json.loads(out.strip().splitlines()[-1])["arms"]
-    assert list(arms) == ["static", "svip", "confidence", "bandit"]
+    assert list(arms) == ["static", "svip", "confidence", "bandit", "oracle"]
     assert len({arm["num_emitted_tokens"] for arm in arms.values()}) == 1
     assert len({arm["num_draft_tokens"] for arm in arms.values()}) > 1
 
@@ -139,6 +139,11 @@ def test_a_recorded_path_is_what_later_runs_commit(tts, tmp_path):
         (["--window=0"], "window: 0"),
         (["--wandb=perhaps"], "wandb: 'perhaps'"),
         (["--draft=prompt_lookup"], "arms: draft needs a draft that learns"),
+        (["--draft=prompt_lookup", "--arms=[specdecpp]"], "specdecpp reads the draft's states"),
+        (["--arms=[oracle,static]"], "oracle needs it in advance"),
+        (["--arms=[static,specdecpp]"], "trained for another draft"),
+        (["--policy=speckv", "--weights={file}"], "holds no SpecKV regressor"),
+        (["--compression=int4"], "compression: 'int4'"),
         (["--workload={long}"], "context"),
         (["--gamme=3"], "gamme"),
         (["--gamma=three"], "gamma"),
@@ -276,16 +281,6 @@ def test_sweep_replays_a_path_under_every_setting(tts, models, tmp_path):
     code, _, err = tts("sweep", f"--path={path}", '--vary={"speed": [1]}', text=False)
     assert code == 2
     assert "vary" in err
-
-
-def test_fit_writes_weights_that_the_policy_starts_from(tts, tmp_path):
-    path, out = tmp_path / "path.json", tmp_path / "weights.json"
-    assert tts("record", f"--out={path}")[0] == 0
-    code, printed, _ = tts("fit", f"--path={path}", f"--out={out}", "--temperature=0.8")
-    assert code == 0
-    loss = json.loads(printed.strip().splitlines()[-1])["held_out_loss"]
-    assert loss["fitted"] < loss["prior"]
-    assert len(json.loads(out.read_text())["weights"]) > 100
 
 
 def test_every_verb_has_help_and_none_needs_a_model_for_it(capsys):

@@ -17,6 +17,10 @@ class Rows(NamedTuple):
     logits: torch.Tensor  # [rows, columns]; column j is token `CachedModel.columns[j]`, or j
     features: torch.Tensor | None = None  # [fed, layers x hidden] of ALL fed tokens, if asked for
 
+    def part(self, start: int, end: int | None) -> "Rows":
+        """Some of the rows, without features."""
+        return Rows(self.hidden[start:end], self.logits[start:end])
+
 
 class CachedModel:
     """Feeds a model token by token or in blocks and can take the newest tokens back.

@@ -86,6 +86,7 @@ class Summary:
     prefill_ms: float
     total_ms: float
     path_mismatches: int
+    path_mismatch_rate: float | None  # of emitted tokens: how often rows of a pass flip a choice
 
 
 def summarise(rounds: Iterable[RoundRecord]) -> Summary:
@@ -93,11 +94,13 @@ def summarise(rounds: Iterable[RoundRecord]) -> Summary:
     rounds = list(rounds)
     longest = max((r.num_accepted for r in rounds), default=-1)
     updates = [r.update for r in rounds if r.update is not None]
+    emitted = sum(r.num_emitted for r in rounds)
+    mismatches = sum(r.mismatches for r in rounds)
     return Summary(
         num_spec_steps=len(rounds),
         num_draft_tokens=sum(r.num_drafted for r in rounds),
         num_accepted_draft_tokens=sum(r.num_accepted for r in rounds),
-        num_emitted_tokens=sum(r.num_emitted for r in rounds),
+        num_emitted_tokens=emitted,
         mean_acceptance_length=mean_acceptance_length(rounds),
         draft_acceptance_rate=draft_acceptance_rate(rounds),
         acceptance_rate_per_offset=acceptance_rate_per_offset(rounds),
@@ -112,9 +115,10 @@ def summarise(rounds: Iterable[RoundRecord]) -> Summary:
         num_updates=len(updates),
         num_taken_back=sum(u.event in ("restored", "reset") for u in updates),
         adapted_share=sum(r.num_emitted for r in rounds if r.adapted) / emitted
-        if (emitted := sum(r.num_emitted for r in rounds))
+        if emitted
         else None,
         prefill_ms=sum(r.prefill_ms for r in rounds),
         total_ms=sum(r.total_ms for r in rounds),
-        path_mismatches=sum(r.mismatches for r in rounds),
+        path_mismatches=mismatches,
+        path_mismatch_rate=mismatches / emitted if emitted else None,
     )

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 import tts.attention  # noqa: F401  registers the attention implementation "tts"
+from tts.compression import check_checkpoint, check_compression, check_layers, quantization
 from tts.drafting import Draft, PromptLookup, dflash_checkpoint, eagle3_checkpoint, reduced
 from tts.drafting.checkpoint import read_config
 from tts.errors import UserError
@@ -65,6 +66,7 @@ class ModelPair(NamedTuple):
     draft: Draft
     tokenizer: PreTrainedTokenizerBase
     name: str  # as the user gave them: "target+draft"
+    compression: str = "none"  # of the target's weights
 
     @property
     def draft_model(self) -> PreTrainedModel:
@@ -86,6 +88,7 @@ def load_pair(
     *,
     dtype: str = "bfloat16",
     device: str = "cpu",
+    compression: str = "none",
     stock: bool = False,
 ) -> ModelPair:
     """Load target and draft; everything that can be refused is refused before weights are read.
@@ -96,10 +99,12 @@ def load_pair(
             draft shipped for a packaged target.
         dtype: ``bfloat16``, ``float16`` or ``float32``, for both.
         device: ``cpu``, ``cuda``, ``cuda:1``, ...
+        compression: of the target's weights: ``none``, ``int8`` or ``nf4`` (`tts.compression`).
         stock: load as transformers does, without `tts.attention`, `tts.llama` and `tts.packing`.
 
     Raises:
-        UserError: unknown dtype or device, a model that is not there, or a draft whose ids differ.
+        UserError: unknown dtype, device or compression, a model that is not there, or a draft
+            whose ids differ.
     """
     if draft is None:
         if target not in PACKAGED:
@@ -109,19 +114,22 @@ def load_pair(
             )
         draft = str(PACKAGED[target].draft)
     check_device(dtype, device)
+    check_compression(compression)
+    name = f"{target}+{draft}"
     target_folder = _resolve(target, "target")
+    check_checkpoint(_config(target_folder, "target"), compression)
     tokenizer = _tokenizer(target_folder, "target")
     if draft == PROMPT_LOOKUP:
-        model = _load(target_folder, "target", dtype, device, stock)
-        return ModelPair(model, PromptLookup(), tokenizer, f"{target}+{draft}")
+        model = _load(target_folder, "target", dtype, device, stock, compression)
+        return ModelPair(model, PromptLookup(), tokenizer, name, compression)
     draft_folder = _resolve(draft, "draft")
     published = read_config(_file(draft_folder, "draft"))
     family = next((f for f in ATTACHED if f.recognises(published)), None)
     if family is None:
         check_same_ids(tokenizer, _tokenizer(draft_folder, "draft"))
-        model = _load(target_folder, "target", dtype, device, stock)
+        model = _load(target_folder, "target", dtype, device, stock, compression)
         small = _load(draft_folder, "draft", dtype, device, stock)
-        return ModelPair(model, small, tokenizer, f"{target}+{draft}")
+        return ModelPair(model, small, tokenizer, name, compression)
     if published.get("tokenizer_fingerprint") not in (None, "", fingerprint(tokenizer)):
         raise UserError(
             f"draft: {draft!r} was trained for another tokenizer than that of {target!r}: "
@@ -129,11 +137,11 @@ def load_pair(
         )
     folder = _fetched(draft_folder)
     config = family.configure(folder, _config(target_folder, "target").get_text_config())
-    model = _load(target_folder, "target", dtype, device, stock)
+    model = _load(target_folder, "target", dtype, device, stock, compression)
     small = family.load(folder, config, model)
     if not stock:
         _quicken(small)
-    return ModelPair(model, small, tokenizer, f"{target}+{draft}")
+    return ModelPair(model, small, tokenizer, name, compression)
 
 
 def load_target(
@@ -252,12 +260,21 @@ def _fetched(draft: str) -> Path:
         raise UserError(f"draft: cannot load {draft!r}: {reason}") from None
 
 
-def _load(folder: str, field: str, dtype: str, device: str, stock: bool) -> PreTrainedModel:
-    attention = "sdpa" if stock else "tts"
+def _load(
+    folder: str, field: str, dtype: str, device: str, stock: bool, compression: str = "none"
+) -> PreTrainedModel:
     model = _pretrained(
-        AutoModelForCausalLM, folder, field, dtype=DTYPES[dtype], attn_implementation=attention
+        AutoModelForCausalLM,
+        folder,
+        field,
+        dtype=DTYPES[dtype],
+        attn_implementation="sdpa" if stock else "tts",
+        **quantization(compression, DTYPES[dtype], device),
     )
-    model = model.to(device).eval().requires_grad_(False)
+    check_layers(model)
+    if compression == "none":  # else it was loaded to its device, and some forms cannot move
+        model = model.to(device)
+    model = model.eval().requires_grad_(False)
     if not stock:
         _quicken(model)
     return model

@@ -22,6 +22,10 @@ class Signals(NamedTuple):
     entropy: float  # nats, of the draft's softmax at temperature 1, before warping
     confidence: float  # largest probability of that softmax
     probability: float  # of the drafted token under the warped q
+    token: int = -1  # the drafted token
+    # [hidden], the draft's state that the token was drawn from, after the token before it was fed;
+    # None where no model drafts
+    hidden: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +77,11 @@ class LengthPolicy(Protocol):
         ...
 
 
-def signals(logits: torch.Tensor, offset: int, probability: float) -> Signals:
-    """Signals of one drafted token from its raw ``logits`` `[columns]`."""
+def signals(
+    logits: torch.Tensor, hidden: torch.Tensor, offset: int, probability: float, token: int
+) -> Signals:
+    """Signals of one drafted ``token`` from its raw ``logits`` `[columns]` and their input."""
     log_probs = logits.float().log_softmax(-1)
     entropy = -(log_probs.exp() * log_probs.clamp(min=-1e4)).sum()
-    return Signals(offset, float(entropy), float(log_probs.max().exp()), probability)
+    confidence = float(log_probs.max().exp())
+    return Signals(offset, float(entropy), confidence, probability, token, hidden)

@@ -49,16 +49,16 @@ class AutoregressiveDrafter(ChainDrafter):
         if missing:
             self._feed(missing)
 
-    def _first_rows(self, sequence: list[int], gamma: int, pending: int) -> torch.Tensor:
+    def _first_rows(self, sequence: list[int], gamma: int, pending: int) -> Rows:
         rows = self._feed(sequence[self._cached.length :], keep=pending + 1)
         self._cached.mark()
-        return rows.logits
+        return rows
 
-    def _next_row(self, tokens: list[int]) -> torch.Tensor:
-        return self._feed(tokens[-1:]).logits
+    def _next_row(self, tokens: list[int]) -> Rows:
+        return self._feed(tokens[-1:])
 
-    def _late_rows(self, sequence: list[int], pending: int) -> torch.Tensor:
-        return self._feed(sequence[self._cached.length : -1], keep=pending).logits
+    def _late_rows(self, sequence: list[int], pending: int) -> Rows:
+        return self._feed(sequence[self._cached.length : -1], keep=pending)
 
     def commit(self, length: int, features: torch.Tensor | None) -> None:
         # the newest committed token is never in the cache

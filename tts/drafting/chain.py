@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 
+from tts.cached_model import Rows
 from tts.drafting.protocol import Draw, Proposal
 from tts.policy import Signals, signals
 from tts.sampling import Distribution, Warper, join
@@ -28,36 +29,38 @@ class ChainDrafter(ABC):
         proceed: Callable[[Signals], bool],
     ) -> Proposal:
         gamma = min(gamma, self.longest or gamma)
-        logits = self._first_rows(sequence, gamma, pending)
+        rows = self._first_rows(sequence, gamma, pending)
         start = len(sequence)
-        warped = self._warp(logits, sequence, start - pending)
+        warped = self._warp(rows.logits, sequence, start - pending)
         late = warped[:pending] if pending else None
         tokens: list[int] = []
         drawn: list[Distribution] = []
         said: list[Signals] = []
-        logits, q = logits[pending:], warped[pending:]
+        q = warped[pending:]
         while True:
             token = draw(q, start + len(tokens))
             probability = float(q.of(q.ids.new_tensor([[token]])))
-            said.append(signals(logits[0], len(tokens), probability))
+            row = rows.logits[-1], rows.hidden[-1]  # what q was made of
+            said.append(signals(*row, len(tokens), probability, token))
             tokens.append(token)
             drawn.append(q)
             if len(tokens) == gamma or not proceed(said[-1]):
                 return Proposal(tokens, join(drawn), said, late)
-            logits = self._next_row(tokens)
-            q = self._warp(logits, sequence + tokens, start + len(tokens))
+            rows = self._next_row(tokens)
+            q = self._warp(rows.logits, sequence + tokens, start + len(tokens))
 
     def catch_up(self, sequence: list[int], pending: int) -> Distribution:
-        return self._warp(self._late_rows(sequence, pending), sequence, len(sequence) - pending)
+        rows = self._late_rows(sequence, pending)
+        return self._warp(rows.logits, sequence, len(sequence) - pending)
 
     @abstractmethod
-    def _first_rows(self, sequence: list[int], gamma: int, pending: int) -> torch.Tensor:
-        """Logits `[pending + 1, columns]` for the pending positions and the first draft."""
+    def _first_rows(self, sequence: list[int], gamma: int, pending: int) -> Rows:
+        """The `pending + 1` rows for the pending positions and the first draft."""
 
     @abstractmethod
-    def _next_row(self, tokens: list[int]) -> torch.Tensor:
-        """Logits `[1, columns]` for the draft after ``tokens``, the drafts so far."""
+    def _next_row(self, tokens: list[int]) -> Rows:
+        """The single row for the draft after ``tokens``, the drafts so far."""
 
     @abstractmethod
-    def _late_rows(self, sequence: list[int], pending: int) -> torch.Tensor:
-        """Logits `[pending, columns]` for the pending positions, without reading the newest."""
+    def _late_rows(self, sequence: list[int], pending: int) -> Rows:
+        """The rows for the pending positions, without reading the newest."""

@@ -5,8 +5,8 @@ from typing import Any, ClassVar
 import torch
 
 from tts.cache import filled
-from tts.cached_model import CHUNK
-from tts.distill.evidence import Rows
+from tts.cached_model import CHUNK, Rows
+from tts.distill.evidence import Rows as Evidence
 from tts.drafting.features import FeatureDrafter
 from tts.drafting.protocol import Replay, Window
 
@@ -33,32 +33,34 @@ class DFlashDrafter(FeatureDrafter):
         self._read(len(sequence) - 1)
 
     @torch.inference_mode()
-    def _first_rows(self, sequence: list[int], gamma: int, pending: int) -> torch.Tensor:
-        late = self._late(sequence, len(sequence) - 1 - pending, len(sequence) - 1)
-        self._block = self._draft(sequence, len(sequence) - 1, gamma)
-        return torch.cat([*late, self._block[:1]])
+    def _first_rows(self, sequence: list[int], gamma: int, pending: int) -> Rows:
+        newest = len(sequence) - 1
+        late = self._late(sequence, newest - pending, newest)
+        self._block = self._draft(sequence, newest, gamma)
+        return _join([*late, self._block.part(0, 1)])
 
-    def _next_row(self, tokens: list[int]) -> torch.Tensor:
-        return self._block[len(tokens) :][:1]
+    def _next_row(self, tokens: list[int]) -> Rows:
+        return self._block.part(len(tokens), len(tokens) + 1)
 
     @torch.inference_mode()
-    def _late_rows(self, sequence: list[int], pending: int) -> torch.Tensor:
+    def _late_rows(self, sequence: list[int], pending: int) -> Rows:
         end = len(sequence) - 1
-        return torch.cat(self._late(sequence, end - pending, end))
+        return _join(self._late(sequence, end - pending, end))
 
-    def _late(self, sequence: list[int], start: int, end: int) -> list[torch.Tensor]:
-        """Logits for the token after each anchor from ``start`` to ``end``."""
+    def _late(self, sequence: list[int], start: int, end: int) -> list[Rows]:
+        """The row for the token after each anchor from ``start`` to ``end``."""
         return [self._draft(sequence, anchor, 1) for anchor in range(start, end)]
 
-    def _draft(self, sequence: list[int], anchor: int, slots: int) -> torch.Tensor:
-        """Logits `[slots, columns]` of the block at ``anchor``, which only sees what is before."""
+    def _draft(self, sequence: list[int], anchor: int, slots: int) -> Rows:
+        """The first ``slots`` rows of the block at ``anchor``, which only sees what is before."""
         self._read(anchor)
         model = self._model
         place = torch.tensor([[anchor]], device=model.device)
         token = torch.tensor([[sequence[anchor]]], device=model.device)
         hidden = model(token, place, self._cache)
         self._cache.rollback(self._held)
-        return model.logits(hidden[0, 1 : 1 + slots])  # type: ignore[no-any-return]
+        hidden = hidden[0, 1 : 1 + slots]
+        return Rows(hidden, model.lm_head(hidden))
 
     @torch.inference_mode()
     def _read(self, end: int) -> None:
@@ -68,7 +70,7 @@ class DFlashDrafter(FeatureDrafter):
                 self._model.read(piece[None], self._cache, self._held)
                 self._held += len(piece)
 
-    def window(self, sequence: list[int], rows: Rows) -> Window:
+    def window(self, sequence: list[int], rows: Evidence) -> Window:
         first = rows.first - 1  # the position of the first anchor, whose features row 0 holds
         prefix = self._cache.keys_values(first)
         return Window(rows, sequence[first : rows.end - 1], prefix, self._cache.window)
@@ -93,4 +95,8 @@ class DFlashDrafter(FeatureDrafter):
         row = anchor[:, None] + slot
         known = row < count
         weight = (DECAY**slot).expand(row.shape)
-        return Replay(model.logits(hidden[known]), row[known], weight[known])
+        return Replay(model.lm_head(hidden[known]), row[known], weight[known])
+
+
+def _join(rows: list[Rows]) -> Rows:
+    return Rows(torch.cat([r.hidden for r in rows]), torch.cat([r.logits for r in rows]))

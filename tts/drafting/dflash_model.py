@@ -199,7 +199,3 @@ class DFlash(PreTrainedModel):
         mask = torch.cat([seen, own], -1).repeat_interleave(size, 1)[:, None]
         hidden = self(anchors, positions, cache, mask)
         return hidden.view(*anchors.shape, size, -1)
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`[..., draft_vocab_size]` of normed hidden states."""
-        return cast(torch.Tensor, self.lm_head(hidden))

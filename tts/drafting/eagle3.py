@@ -5,8 +5,8 @@ from typing import Any, ClassVar
 import torch
 
 from tts.cache import filled, window_mask
-from tts.cached_model import CHUNK
-from tts.distill.evidence import Rows
+from tts.cached_model import CHUNK, Rows
+from tts.distill.evidence import Rows as Evidence
 from tts.drafting.features import FeatureDrafter
 from tts.drafting.protocol import Replay, Window
 
@@ -27,20 +27,24 @@ class Eagle3Drafter(FeatureDrafter):
         self._read(sequence[:-1], 0)
 
     @torch.inference_mode()
-    def _first_rows(self, sequence: list[int], gamma: int, pending: int) -> torch.Tensor:
+    def _first_rows(self, sequence: list[int], gamma: int, pending: int) -> Rows:
         hidden = self._read(sequence, pending + 1)
         self._newest = hidden[:, -1:]
-        return self._model.logits(hidden[0])
+        return self._rows(hidden)
 
     @torch.inference_mode()
-    def _next_row(self, tokens: list[int]) -> torch.Tensor:
+    def _next_row(self, tokens: list[int]) -> Rows:
         token = torch.tensor([tokens[-1:]], device=self._model.device)
         self._newest = self._model(token, self._model.recur(self._newest), self._cache)
-        return self._model.logits(self._newest[0])
+        return self._rows(self._newest)
 
     @torch.inference_mode()
-    def _late_rows(self, sequence: list[int], pending: int) -> torch.Tensor:
-        return self._model.logits(self._read(sequence[:-1], pending)[0])
+    def _late_rows(self, sequence: list[int], pending: int) -> Rows:
+        return self._rows(self._read(sequence[:-1], pending))
+
+    def _rows(self, hidden: torch.Tensor) -> Rows:
+        normed = self._model.norm(hidden[0])
+        return Rows(normed, self._model.lm_head(normed))
 
     @torch.inference_mode()
     def _read(self, sequence: list[int], keep: int) -> torch.Tensor:
@@ -66,7 +70,7 @@ class Eagle3Drafter(FeatureDrafter):
         # whatever lies below would change the keys of the last layer
         return (len(model.layers) - 1,)
 
-    def window(self, sequence: list[int], rows: Rows) -> Window:
+    def window(self, sequence: list[int], rows: Evidence) -> Window:
         # the features at row r belong to pair first - 1 + r, which predicts what row r + 1 does
         prefix = self._cache.keys_values(rows.first - 1)
         return Window(rows, sequence[rows.first : rows.end - 1], prefix, self._cache.window)
@@ -86,4 +90,4 @@ class Eagle3Drafter(FeatureDrafter):
         count = len(window.tokens)
         row = torch.cat([torch.arange(i + 1, count + 1, device=device) for i in range(len(steps))])
         weight = [DECAY**i * torch.ones(s.shape[1], device=device) for i, s in enumerate(steps)]
-        return Replay(model.logits(torch.cat(steps, 1)[0]), row, torch.cat(weight))
+        return Replay(model.lm_head(model.norm(torch.cat(steps, 1)[0])), row, torch.cat(weight))

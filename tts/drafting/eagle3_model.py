@@ -227,10 +227,6 @@ class Eagle3(PreTrainedModel):
         """What stands in for the next g."""
         return self.norm(hidden) if self.config.norm_output else hidden
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`[..., draft_vocab_size]` of h."""
-        return cast(torch.Tensor, self.lm_head(self.norm(hidden)))
-
     def unroll(
         self,
         input_ids: torch.Tensor,

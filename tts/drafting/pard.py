@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tts.cache import filled
-from tts.cached_model import CachedModel
+from tts.cached_model import CachedModel, Rows
 from tts.drafting.autoregressive import AutoregressiveDrafter
 from tts.drafting.protocol import Replay, Window
 from tts.errors import UserError
@@ -50,15 +50,15 @@ class PardDrafter(AutoregressiveDrafter):
             raise UserError("draft: masks would stay in its recurrent layers: use attention only")
         self._mask = mask
 
-    def _first_rows(self, sequence: list[int], gamma: int, pending: int) -> torch.Tensor:
+    def _first_rows(self, sequence: list[int], gamma: int, pending: int) -> Rows:
         fed = sequence[self._cached.length :] + [self._mask] * (gamma - 1)
-        logits = self._feed(fed, keep=pending + gamma).logits
+        rows = self._feed(fed, keep=pending + gamma)
         self._cached.rollback(len(sequence))
-        self._block = logits[pending:]
-        return logits[: pending + 1]
+        self._block = rows.part(pending, None)
+        return rows.part(0, pending + 1)
 
-    def _next_row(self, tokens: list[int]) -> torch.Tensor:
-        return self._block[len(tokens) :][:1]
+    def _next_row(self, tokens: list[int]) -> Rows:
+        return self._block.part(len(tokens), len(tokens) + 1)
 
     @staticmethod
     def replay(model: Any, window: Window) -> Replay:

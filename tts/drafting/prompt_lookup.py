@@ -60,7 +60,7 @@ class PromptLookupDrafter:
         start = self._match(sequence, len(sequence))
         for token in [] if start is None else sequence[start : start + gamma]:
             tokens.append(token)
-            said.append(Signals(len(said), 0.0, CERTAIN, CERTAIN))
+            said.append(Signals(len(said), 0.0, CERTAIN, CERTAIN, token))
             if not proceed(said[-1]):
                 break
         q = Distribution(torch.tensor(tokens)[:, None], torch.ones(len(tokens), 1))

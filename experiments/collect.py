@@ -1,0 +1,96 @@
+"""Decode prompts to the cap at every state, for `tts profile --records`."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from statistics import median
+
+import torch
+from rich.progress import track
+
+from controllers.plain import Plain
+from controllers.speckv import step_signals
+from experiments.decode import decode
+from experiments.options import TextOptions
+from experiments.steps import Step
+from experiments.workload import Dialogue
+from tts.engine import SpeculativeDecoder
+from tts.errors import UserError
+from tts.models import ModelPair
+from tts.policy import LengthPolicy, RoundOutcome, RoundState
+
+TIMED = 12  # prompts on which every gamma takes its turn, for its time
+
+
+class Watched(Plain):
+    """Drafts ``cap`` tokens in every round and keeps what each has taught."""
+
+    def __init__(self, cap: int) -> None:
+        super().__init__(cap)
+        self.outcomes: list[RoundOutcome] = []
+
+    def observe(self, outcome: RoundOutcome) -> None:
+        if outcome.num_drafted == self.cap:  # the end of the text did not cut it short
+            labels = partial(list, outcome.acceptance())  # the rows they come from are let go
+            self.outcomes.append(replace(outcome, acceptance=labels))
+
+
+class InTurn(Plain):
+    """Drafts 0, 1, ..., cap tokens in turn and keeps the time of each."""
+
+    def __init__(self, cap: int) -> None:
+        super().__init__(cap)
+        self._rounds = 0
+        self.ms: list[list[float]] = [[] for _ in range(cap + 1)]
+
+    def plan(self, state: RoundState) -> int:
+        self._rounds += 1
+        return min(self._rounds % (self.cap + 1), state.limit)
+
+    def observe(self, outcome: RoundOutcome) -> None:
+        self.ms[outcome.num_drafted].append(outcome.draft_ms + outcome.verify_ms)
+
+
+def collect(
+    pair: ModelPair, prompts: list[Dialogue], text: TextOptions, cap: int
+) -> Iterator[tuple[Step, torch.Tensor]]:
+    """The steps of all ``prompts``, and the draft's states `[cap, width]` in each.
+
+    Raises:
+        UserError: if the texts are too short to time every gamma.
+    """
+
+    def follow(policy: LengthPolicy, prompt: Dialogue) -> None:
+        decode(SpeculativeDecoder(pair, policy=policy, acceptance="coupled"), prompt, text)
+
+    turns = InTurn(cap)
+    for prompt in prompts[:: max(1, len(prompts) // TIMED)]:
+        follow(turns, prompt)
+    round_ms = [median(times) if times else math.nan for times in turns.ms]
+    if math.isnan(sum(round_ms)):
+        raise UserError(
+            f"max_new_tokens: {text.max_new_tokens} are too few to time every gamma up to {cap}: "
+            "use more"
+        )
+    for prompt in track(prompts, pair.compression):
+        watched = Watched(cap)
+        follow(watched, prompt)
+        for index, outcome in enumerate(watched.outcomes):
+            step = _step(outcome, pair.compression, prompt.id, index, round_ms)
+            yield step, torch.stack([s.hidden for s in outcome.signals if s.hidden is not None])
+
+
+def _step(
+    outcome: RoundOutcome, compression: str, prompt: str, index: int, round_ms: list[float]
+) -> Step:
+    drafted, accepted, state = outcome.num_drafted, outcome.num_accepted, outcome.state
+    return Step(
+        compression, drafted, prompt.rsplit("-", 1)[0], index,
+        accepted, accepted / drafted, accepted + 1, *step_signals(outcome.signals),
+        prompt, state.position, state.context_length,
+        [s.entropy for s in outcome.signals],
+        [s.confidence for s in outcome.signals],
+        [s.probability for s in outcome.signals],
+        outcome.acceptance(), outcome.draft_ms, outcome.verify_ms, round_ms,
+    )  # fmt: skip

@@ -1,0 +1,283 @@
+"""`tts policies`: every length policy on the same recorded paths, one regime a path.
+
+A regime is a compression of the target: each path was recorded with its own. All arms commit the
+path's tokens and take turns every few dozen of them, so that a machine whose speed drifts slows all
+alike; what an arm learns and caches stays its own.
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from controllers import PUBLISHED, make_policy
+from controllers.or_none import OrNone
+from controllers.oracle import Oracle
+from experiments.arms import ARMS, build, check_arms
+from experiments.options import ModelOptions, SpeculationOptions, TextOptions
+from experiments.results import Results
+from experiments.workload import PathFile, RecordedDialogue
+from tts.conversation import Conversation
+from tts.engine import SpeculativeDecoder
+from tts.errors import UserError
+from tts.metrics import Summary, summarise
+from tts.models import ModelPair
+from tts.records import RoundRecord
+
+OURS, ORACLE = "gamma", "oracle"
+RATIOS = (
+    "measured_over_best_fixed", "priced_over_best_fixed", "priced_over_oracle", "priced_over_ours",
+)  # fmt: skip
+RESAMPLES = 2000
+
+Rounds = dict[str, dict[str, list[RoundRecord]]]  # arm -> conversation -> rounds
+
+
+@dataclass(frozen=True)
+class Policies(ModelOptions, TextOptions, SpeculationOptions):
+    """Compare length policies with the best fixed gamma in hindsight, and with the oracle.
+
+    Args:
+        paths: files of `tts record`, each of another compression of the target.
+        gammas: fixed lengths; the best of them in hindsight is what the others are compared with.
+        arms: policies, by the names that `tts run` has for them; gamma is ours.
+        or_none: of these arms, also a variant that may stop drafting.
+        segment_tokens: after so many the next arm has its turn.
+        results: folder for all results.
+        run_id: a new one if empty.
+    """
+
+    paths: tuple[str, ...] = ()
+    gammas: tuple[int, ...] = (0, 1, 2, 3, 4, 6, 8)
+    arms: tuple[str, ...] = (OURS, *PUBLISHED, ORACLE)
+    or_none: tuple[str, ...] = ("svip", "confidence", "speckv", "specdecpp")
+    segment_tokens: int = 32
+    conversations: int = 0
+    max_new_tokens: int = 384
+    results: str = "results"
+    run_id: str = ""
+
+    def __post_init__(self) -> None:
+        TextOptions.__post_init__(self)
+        SpeculationOptions.__post_init__(self)
+        check_arms(self.arms, self.draft)
+        if self.or_none:
+            check_arms(self.or_none, self.draft)
+        learning = [name for name in (*self.arms, *self.or_none) if ARMS[name].draft]
+        if learning:
+            raise UserError(f"arms: {learning[0]} lets the draft learn: lengths are compared here")
+        if not self.gammas:
+            raise UserError("gammas: none given: the best fixed one is what others are held to")
+        for gamma in self.gammas:
+            make_policy("fixed", gamma=gamma)
+        if self.segment_tokens < 2:
+            raise UserError(f"segment_tokens: {self.segment_tokens} is too short: use at least 2")
+
+
+def policies(config: Policies) -> dict[str, Any]:
+    """Decode every path with every arm; print a table a path, return the JSON summary."""
+    if not config.paths:
+        raise UserError("paths: give files of `tts record`, one a compression")
+    paths = {}
+    for name in config.paths:
+        path = PathFile.read(name)
+        regime = replace(config, compression=path.compression)
+        path.check(regime, regime)
+        if path.compression in paths:
+            raise UserError(f"paths: two of them are of compression {path.compression}: give one")
+        paths[path.compression] = path.dialogues[: config.conversations or None]
+    results = Results(config.results, "policies", config.run_id, config)
+    if results.finished is not None:
+        print(f"run_id: {results.folder} is finished with the same config", file=sys.stderr)
+        return results.finished
+    regimes: dict[str, Any] = {}
+    summary = {"results": str(results.folder), "status": "interrupted", "regimes": regimes}
+    try:
+        for compression, dialogues in paths.items():
+            regime = replace(config, compression=compression)
+            rounds = _decode(regime, dialogues, results)
+            regimes[compression] = compare(rounds, [f"fixed {g}" for g in config.gammas])
+            regimes[compression]["load"] = os.getloadavg()[0]
+            _show(compression, regimes[compression])
+        summary["status"] = "finished"
+    finally:
+        results.finish(summary)
+    return summary
+
+
+def _decode(config: Policies, dialogues: list[RecordedDialogue], results: Results) -> Rounds:
+    """The rounds of every arm on every dialogue, arms taking turns."""
+    pair = config.load()
+    arms = _arms(config, pair)
+    rounds: Rounds = {name: {} for name in arms}
+    random = np.random.default_rng(config.seed)
+    for dialogue in dialogues:
+        turns = {name: _segments(arm, dialogue, config) for name, arm in arms.items()}
+        while turns:
+            # a new order every time: what the machine does at intervals meets all arms alike
+            for name in random.permutation(list(turns)).tolist():
+                part = next(turns[name], None)
+                if part is None:
+                    del turns[name]
+                    continue
+                rounds[name].setdefault(dialogue.id, []).extend(part)
+                head = {"arm": name, "conversation": dialogue.id, "compression": pair.compression}
+                for record in part:
+                    results.append("metrics.jsonl", head | asdict(record))
+        print(f"{pair.compression} {dialogue.id}: {len(arms)} arms", file=sys.stderr)
+    return rounds
+
+
+def _arms(config: Policies, pair: ModelPair) -> dict[str, SpeculativeDecoder]:
+    made = {
+        f"fixed {gamma}": build("static", pair, replace(config, policy="fixed", gamma=gamma))
+        for gamma in config.gammas
+    }
+    made |= {name: build(name, pair, config) for name in config.arms}
+    for name in config.or_none:
+        decoder = build(name, pair, config)
+        decoder.policy = OrNone(decoder.policy)
+        made[f"{name} or none"] = decoder
+    return made
+
+
+def _segments(
+    decoder: SpeculativeDecoder, dialogue: RecordedDialogue, config: Policies
+) -> Iterator[list[RoundRecord]]:
+    """The rounds of each segment; a segment's first token but a turn's is given, not decoded."""
+    decoder.policy.reset()
+    chat = Conversation(decoder)
+    left = config.max_new_tokens
+    for user, answer in zip(dialogue.turns, dialogue.answers, strict=False):
+        prompt = chat.turn(user)
+        for index, path in enumerate(_cut(answer, config.segment_tokens)):
+            if left < 1:
+                return
+            if index:
+                prompt, path = torch.tensor([path[:1]]), path[1:]
+            if isinstance(decoder.policy, Oracle):
+                decoder.policy.follow(chat.session.generated, path)
+            result = decoder.generate(
+                prompt,
+                session=chat.session,
+                generation_config=config.generation_config(min(left, len(path))),
+                seed=config.seed + dialogue.seed,
+                path=path,
+            )
+            left -= len(result.tokens)
+            yield result.rounds
+
+
+def _cut(answer: list[int], size: int) -> list[list[int]]:
+    """Pieces of ``size`` tokens; the last one may be longer by a token, but is no single one."""
+    pieces = [answer[start : start + size] for start in range(0, len(answer), size)]
+    if len(pieces) > 1 and len(pieces[-1]) == 1:
+        pieces[-2:] = [pieces[-2] + pieces[-1]]
+    return pieces
+
+
+def compare(rounds: Rounds, fixed: list[str]) -> dict[str, Any]:
+    """Every arm's speed, where its time goes, and the ratios to those it is held to.
+
+    All arms emit the same tokens, so a ratio of speeds is one of times; its interval is a 95 %
+    bootstrap over conversations, paired.
+    """
+    pooled = {arm: summarise(r for t in texts.values() for r in t) for arm, texts in rounds.items()}
+    times = {
+        arm: np.array([sum(r.total_ms for r in rounds) for rounds in texts.values()])
+        for arm, texts in rounds.items()
+    }
+    price = prices(rounds)
+    priced = {
+        arm: np.array(
+            [sum(price[r.num_drafted] + r.policy_ms for r in rounds) for rounds in texts.values()]
+        )
+        for arm, texts in rounds.items()
+    }
+    best = min(fixed, key=lambda arm: priced[arm].sum())
+    held_to = {"best_fixed": best, "oracle": ORACLE, "ours": OURS}
+    return {
+        "best_fixed": best,
+        "round_ms": price,
+        "arms": {
+            arm: _row(pooled[arm])
+            | {"priced_tok_s": 1000 * pooled[arm].num_emitted_tokens / float(priced[arm].sum())}
+            | {
+                f"{kind}_over_{name}": _ratio(of[other], of[arm])
+                for kind, of in (("measured", times), ("priced", priced))
+                for name, other in held_to.items()
+                if other in times
+            }
+            for arm in rounds
+        },
+    }
+
+
+def prices(rounds: Rounds) -> dict[int, float]:
+    """Median milliseconds, the policy's aside, of a round with so many drafted tokens, of all arms.
+
+    Taking turns leaves what the machine does within a turn: arms that chose alike have differed by
+    a quarter beside other work. At equal prices they differ by what they chose and by their own
+    policy's time alone.
+    """
+    times: dict[int, list[float]] = {}
+    for texts in rounds.values():
+        for record in (r for of in texts.values() for r in of):
+            times.setdefault(record.num_drafted, []).append(record.total_ms - record.policy_ms)
+    return {drafted: median(values) for drafted, values in sorted(times.items())}
+
+
+def _row(summary: Summary) -> dict[str, Any]:
+    total = summary.total_ms
+    return {
+        "tok_s": summary.tok_s,
+        "acceptance_length": summary.mean_acceptance_length,
+        "drafted": summary.num_draft_tokens / summary.num_spec_steps,
+        "draft_share": summary.draft_ms / total,
+        "verify_share": summary.verify_ms / total,
+        "policy_share": summary.policy_ms / total,
+        "policy_ms": summary.policy_ms / summary.num_spec_steps,
+        "flips": summary.path_mismatch_rate,
+        "tokens": summary.num_emitted_tokens,
+    }
+
+
+def _ratio(base: np.ndarray, times: np.ndarray) -> tuple[float, float, float]:
+    """(speed of ``times`` / speed of ``base``, low, high)."""
+    draws = np.random.default_rng(0).integers(0, len(times), (RESAMPLES, len(times)))
+    ratios = base[draws].sum(1) / times[draws].sum(1)
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return float(base.sum() / times.sum()), float(low), float(high)
+
+
+def _show(compression: str, regime: Mapping[str, Any]) -> None:
+    tokens = next(iter(regime["arms"].values()))["tokens"]
+    best = regime["best_fixed"]
+    table = Table(
+        title=f"{compression}: {tokens} tokens an arm; ratios of tokens per second, the last three "
+        "at equal prices of a round"
+    )
+    columns = ("arm", "tok/s", "priced", "AL", "drafted", "draft", "verify", "policy", "flips",
+               f"/ {best}", f"/ {best}", "/ oracle", "/ ours")  # fmt: skip
+    for column in columns:
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    for name, row in sorted(regime["arms"].items(), key=lambda item: -item[1]["priced_tok_s"]):
+        table.add_row(
+            name, f"{row['tok_s']:.1f}", f"{row['priced_tok_s']:.1f}",
+            f"{row['acceptance_length']:.3f}", f"{row['drafted']:.2f}",
+            f"{row['draft_share']:.2f}", f"{row['verify_share']:.2f}", f"{row['policy_ms']:.2f} ms",
+            f"{row['flips']:.4f}",
+            *(_interval(row.get(ratio)) for ratio in RATIOS),
+        )  # fmt: skip
+    Console(width=190).print(table)
+
+
+def _interval(ratio: tuple[float, float, float] | None) -> str:
+    return "-" if ratio is None else "{:.3f} [{:.3f}, {:.3f}]".format(*ratio)
