@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from controllers import make_policy
 from experiments.options import ModelOptions, TextOptions
@@ -161,6 +161,9 @@ def _arms(config: Bench, pair: ModelPair) -> dict[str, Arm]:
     target, draft, *_ = config.load(stock=True)
     arms["transformers, plain"] = _peer(target)
     arms["transformers, plain, our kernels"] = _peer(pair.target)
+    arms["transformers, prompt lookup"] = _peer(target, prompt_lookup_num_tokens=10)
+    if not isinstance(draft, GenerationMixin):
+        return arms  # transformers cannot assist with a drafter that reads the target
     # the default: up to 20 tokens, stopped by a confidence threshold that is refitted online
     arms["transformers, assisted, default"] = _peer(target, draft)
     for length in config.lengths:
@@ -171,7 +174,6 @@ def _arms(config: Bench, pair: ModelPair) -> dict[str, Arm]:
         target, draft, num_assistant_tokens=5, num_assistant_tokens_schedule="heuristic",
         assistant_confidence_threshold=0.0,
     )  # fmt: skip
-    arms["transformers, prompt lookup"] = _peer(target, prompt_lookup_num_tokens=10)
     return arms
 
 

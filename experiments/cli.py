@@ -37,6 +37,9 @@ VERBS = {
     "policies": Verb(
         "experiments.policies", "Policies", "policies", "every length policy on the same paths"
     ),
+    "drafters": Verb(
+        "experiments.drafters", "Drafters", "drafters", "every drafter on the same paths"
+    ),
     "export": Verb("experiments.export", "Export", "export", "a policy as a table, for a server"),
     "sweep": Verb("experiments.sweep", "Sweep", "sweep", "compare learning settings on a path"),
     "speckv": Verb("experiments.speckv", "SpecKv", "speckv", "SpecKV's records, read twice"),

@@ -19,7 +19,7 @@ class ModelOptions:
 
     Args:
         target: alias of a packaged model, local folder, or hub id.
-        draft: folder, hub id or prompt_lookup; None takes the draft shipped for a packaged target.
+        draft: folder, hub id, prompt_lookup, or a shipped one by name (None: autoregressive).
         dtype: bfloat16, float16 or float32.
         device: cpu or cuda.
         compression: of the target's weights: none, int8 or nf4 (see `tts.compression`).

@@ -7,24 +7,22 @@ alike; what an arm learns and caches stays its own.
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from controllers import PUBLISHED, make_policy
 from controllers.or_none import OrNone
-from controllers.oracle import Oracle
 from experiments.arms import ARMS, build, check_arms
 from experiments.options import ModelOptions, SpeculationOptions, TextOptions
 from experiments.results import Results
+from experiments.turns import Rounds, take_turns
 from experiments.workload import PathFile, RecordedDialogue
-from tts.conversation import Conversation
 from tts.engine import SpeculativeDecoder
 from tts.errors import UserError
 from tts.metrics import Summary, summarise
@@ -36,8 +34,6 @@ RATIOS = (
     "measured_over_best_fixed", "priced_over_best_fixed", "priced_over_oracle", "priced_over_ours",
 )  # fmt: skip
 RESAMPLES = 2000
-
-Rounds = dict[str, dict[str, list[RoundRecord]]]  # arm -> conversation -> rounds
 
 
 @dataclass(frozen=True)
@@ -116,23 +112,13 @@ def _decode(config: Policies, dialogues: list[RecordedDialogue], results: Result
     """The rounds of every arm on every dialogue, arms taking turns."""
     pair = config.load()
     arms = _arms(config, pair)
-    rounds: Rounds = {name: {} for name in arms}
-    random = np.random.default_rng(config.seed)
-    for dialogue in dialogues:
-        turns = {name: _segments(arm, dialogue, config) for name, arm in arms.items()}
-        while turns:
-            # a new order every time: what the machine does at intervals meets all arms alike
-            for name in random.permutation(list(turns)).tolist():
-                part = next(turns[name], None)
-                if part is None:
-                    del turns[name]
-                    continue
-                rounds[name].setdefault(dialogue.id, []).extend(part)
-                head = {"arm": name, "conversation": dialogue.id, "compression": pair.compression}
-                for record in part:
-                    results.append("metrics.jsonl", head | asdict(record))
-        print(f"{pair.compression} {dialogue.id}: {len(arms)} arms", file=sys.stderr)
-    return rounds
+
+    def keep(arm: str, dialogue: RecordedDialogue, part: list[RoundRecord]) -> None:
+        head = {"arm": arm, "conversation": dialogue.id, "compression": pair.compression}
+        for record in part:
+            results.append("metrics.jsonl", head | asdict(record))
+
+    return take_turns(arms, dialogues, config, config.segment_tokens, keep)
 
 
 def _arms(config: Policies, pair: ModelPair) -> dict[str, SpeculativeDecoder]:
@@ -146,41 +132,6 @@ def _arms(config: Policies, pair: ModelPair) -> dict[str, SpeculativeDecoder]:
         decoder.policy = OrNone(decoder.policy)
         made[f"{name} or none"] = decoder
     return made
-
-
-def _segments(
-    decoder: SpeculativeDecoder, dialogue: RecordedDialogue, config: Policies
-) -> Iterator[list[RoundRecord]]:
-    """The rounds of each segment; a segment's first token but a turn's is given, not decoded."""
-    decoder.policy.reset()
-    chat = Conversation(decoder)
-    left = config.max_new_tokens
-    for user, answer in zip(dialogue.turns, dialogue.answers, strict=False):
-        prompt = chat.turn(user)
-        for index, path in enumerate(_cut(answer, config.segment_tokens)):
-            if left < 1:
-                return
-            if index:
-                prompt, path = torch.tensor([path[:1]]), path[1:]
-            if isinstance(decoder.policy, Oracle):
-                decoder.policy.follow(chat.session.generated, path)
-            result = decoder.generate(
-                prompt,
-                session=chat.session,
-                generation_config=config.generation_config(min(left, len(path))),
-                seed=config.seed + dialogue.seed,
-                path=path,
-            )
-            left -= len(result.tokens)
-            yield result.rounds
-
-
-def _cut(answer: list[int], size: int) -> list[list[int]]:
-    """Pieces of ``size`` tokens; the last one may be longer by a token, but is no single one."""
-    pieces = [answer[start : start + size] for start in range(0, len(answer), size)]
-    if len(pieces) > 1 and len(pieces[-1]) == 1:
-        pieces[-2:] = [pieces[-2] + pieces[-1]]
-    return pieces
 
 
 def compare(rounds: Rounds, fixed: list[str]) -> dict[str, Any]:

@@ -24,9 +24,12 @@ from experiments.signals import show_signals, signal_summary
 from experiments.workload import dialogues
 from tts.cached_model import CachedModel
 from tts.compression import COMPRESSION, check_compression
+from tts.drafting import make_drafter
 from tts.errors import UserError
 from tts.fingerprint import model_fingerprint
 from tts.models import ModelPair
+from tts.sampling import Distribution, Warper
+from tts.settings import Sampling
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,11 @@ class Profile(ModelOptions, TextOptions):
     compressions: tuple[str, ...] = COMPRESSION
     cap: int = 8
 
+    @property
+    def gammas(self) -> tuple[int, ...]:
+        """Lengths whose verification is timed."""
+        return tuple(rows - 1 for rows in self.rows if rows > 1 and 1 in self.rows)
+
     def __post_init__(self) -> None:
         TextOptions.__post_init__(self)
         make_policy("svip", cap=self.cap)
@@ -70,10 +78,10 @@ def profile(config: Profile) -> dict[str, Any]:
     pair = config.load()
     bandwidth = read_bandwidth(pair.target.device)
     verify: dict[int, dict[int, float]] = {}
-    draft: dict[int, float] = {}
+    draft: dict[int, dict[int, float]] = {}
     for context in config.contexts:
         verify[context] = _passes(CachedModel(pair.target), context, config.rows, config.repeats)
-        draft[context] = _passes(CachedModel(pair.draft_model), context, (1,), config.repeats)[1]
+        draft[context] = _proposals(pair, context, config.gammas, config.repeats)
     floor_ms = 1000 * weight_bytes(pair) / bandwidth
     summary = {
         "bandwidth_gb_s": bandwidth / 1e9,
@@ -147,6 +155,35 @@ def _passes(
     return {count: statistics.median(values[2:]) for count, values in times.items()}
 
 
+def _proposals(
+    pair: ModelPair, context: int, gammas: tuple[int, ...], repeats: int
+) -> dict[int, float]:
+    """Median milliseconds to draft so many tokens after another one was committed."""
+    drafter = make_drafter(pair.draft, pair.target.config.get_text_config().vocab_size)
+    target = CachedModel(pair.target, layers=drafter.layers)
+    size = pair.target.config.get_text_config().vocab_size
+    random = torch.Generator().manual_seed(0)
+    rounds = (repeats + 2) * len(gammas)
+    tokens = torch.randint(0, size, (context + rounds,), generator=random).tolist()
+    greedy = Sampling(0.0, 0, 1.0, 0.0, 1.0)
+    drafter.begin(lambda columns: Warper(greedy, 0, columns))
+    drafter.prefill(tokens[:context], target.feed(tokens[: context - 1]).features)
+    times: dict[int, list[float]] = {gamma: [] for gamma in gammas}
+    for index in range(rounds):
+        length = context + index
+        sequence = tokens[:length]
+        began = time.perf_counter()
+        # a distribution's first id is its most probable one at temperature 0
+        drafter.propose(sequence, gammas[index % len(gammas)], 0, _first, lambda said: True)
+        times[gammas[index % len(gammas)]].append(1000 * (time.perf_counter() - began))
+        drafter.commit(length + 1, target.feed(tokens[length - 1 : length]).features)
+    return {gamma: statistics.median(values[2:]) for gamma, values in times.items()}
+
+
+def _first(q: Distribution, position: int) -> int:
+    return int(q.ids[0, q.probs[0].argmax()])
+
+
 def _context_cost(
     pair: ModelPair, verify: dict[int, dict[int, float]], bandwidth: float
 ) -> dict[str, Any]:
@@ -180,15 +217,16 @@ def _show(config: Profile, summary: dict[str, Any]) -> None:
     table.add_column("context", justify="right")
     for rows in config.rows:
         table.add_column(f"target {rows}", justify="right")
-    table.add_column("draft 1", justify="right")
-    gammas = [rows - 1 for rows in config.rows if rows > 1 and 1 in config.rows]
-    for gamma in gammas:
+    for gamma in config.gammas:
+        table.add_column(f"draft {gamma}", justify="right")
+    for gamma in config.gammas:
         table.add_column(f"even {gamma}", justify="right")
     for context, verify in summary["verify_ms"].items():
-        step = summary["draft_ms"][context]
-        even = [number(_break_even(gamma, step, verify), 2) for gamma in gammas]
+        draft = summary["draft_ms"][context]
+        even = [number(_break_even(gamma, draft[gamma], verify), 2) for gamma in config.gammas]
+        drafting = [number(draft[gamma], 2) for gamma in config.gammas]
         passes = [number(verify[rows], 1) for rows in config.rows]
-        table.add_row(str(context), *passes, number(step, 2), *even)
+        table.add_row(str(context), *passes, *drafting, *even)
     console.print(table)
     cost = summary["context_cost"]
     if cost["read_ms"]:
@@ -199,9 +237,9 @@ def _show(config: Profile, summary: dict[str, Any]) -> None:
         )
 
 
-def _break_even(gamma: int, step: float, verify: dict[int, float]) -> float:
+def _break_even(gamma: int, draft_ms: float, verify: dict[int, float]) -> float:
     """Per-token acceptance a at which gamma drafts pay: a + ... + a^gamma = their extra cost."""
-    extra = (gamma * step + verify[gamma + 1]) / verify[1] - 1
+    extra = (draft_ms + verify[gamma + 1]) / verify[1] - 1
     low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2

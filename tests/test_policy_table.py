@@ -7,7 +7,8 @@ import pytest
 from controllers.fixed import Fixed
 from controllers.or_none import FIRST, PROBE, OrNone
 from experiments.cli import main
-from experiments.policies import _cut, compare
+from experiments.policies import compare
+from experiments.turns import _cut
 from tests import tiny
 from tts.policy import RoundOutcome, RoundState, Signals
 from tts.records import RoundRecord

@@ -10,9 +10,10 @@ from controllers import make_policy
 from tts import SpeculativeDecoder, load_pair
 from tts.models import PACKAGED
 
+DRAFT = PACKAGED["smollm2-135m"].drafts["autoregressive"]
 try:
     importlib.metadata.distribution(PACKAGED["smollm2-135m"].distribution)
-    MISSING = not (PACKAGED["smollm2-135m"].draft / "model.safetensors").is_file()
+    MISSING = not (DRAFT / "model.safetensors").is_file()
 except importlib.metadata.PackageNotFoundError:
     MISSING = True
 pytestmark = pytest.mark.skipif(MISSING, reason="the packaged model or its draft is not installed")
@@ -100,5 +101,5 @@ def test_the_shipped_draft_is_accepted_and_small(pair):
     config = GenerationConfig(max_new_tokens=64, do_sample=False)
     summary = decoder.generate(ids(pair, PROMPTS[5]), generation_config=config).summary()
     assert summary.mean_acceptance_length > 1.5
-    weights = PACKAGED["smollm2-135m"].draft / "model.safetensors"
+    weights = DRAFT / "model.safetensors"
     assert weights.stat().st_size <= 16 * 2**20

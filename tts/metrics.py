@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from tts.records import RoundRecord
 
+WINDOW = 1000  # tokens that distinct-4 is taken of
 LOOP = 0.3  # distinct 4-grams per 4-gram below this, in a window of 1,000 tokens: a loop
 
 
@@ -55,7 +56,7 @@ def distinct_4(tokens: Sequence[int]) -> float | None:
     return len({tuple(tokens[i : i + 4]) for i in range(total)}) / total
 
 
-def distinct_4_windows(tokens: Sequence[int], size: int = 1000) -> list[float]:
+def distinct_4_windows(tokens: Sequence[int], size: int = WINDOW) -> list[float]:
     """distinct-4 of each full window of ``size`` tokens; below `LOOP` the text repeats itself."""
     windows = [tokens[i : i + size] for i in range(0, len(tokens) - size + 1, size)]
     return [value for window in windows if (value := distinct_4(window)) is not None]

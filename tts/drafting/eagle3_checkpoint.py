@@ -155,7 +155,7 @@ def save(model: Eagle3, folder: Path) -> None:
         **{name: getattr(config, name) for name in VARIANTS},
         "tokenizer_fingerprint": config.tokenizer_fingerprint,
         "transformer_layer_config": checkpoint.layer_config(config.to_dict())
-        | {"model_type": "llama"},
+        | {"model_type": "llama", "num_hidden_layers": config.num_hidden_layers},
     }
     (folder / "config.json").write_text(json.dumps(published, indent=2) + "\n")
     checkpoint.write(model, LENT, folder)

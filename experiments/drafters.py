@@ -1,0 +1,190 @@
+"""`tts drafters`: every drafter, static, windowed and learning, on the same recorded paths."""
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from experiments.arms import build
+from experiments.curves import Curve, acceptance_curve, interval, overlap_curve
+from experiments.options import ModelOptions, SpeculationOptions, TextOptions
+from experiments.report import number, thirds
+from experiments.results import Results
+from experiments.turns import Rounds, take_turns
+from experiments.workload import PathFile, RecordedDialogue
+from tts.engine import SpeculativeDecoder
+from tts.errors import UserError
+from tts.metrics import LOOP, WINDOW, distinct_4_windows, summarise
+from tts.models import PROMPT_LOOKUP, shipped_drafts
+from tts.records import RoundRecord
+
+ALL = "all"
+MODES = {"static": "static", "window": "window", "online": "draft"}  # arm of `tts run` by mode
+
+
+@dataclass(frozen=True)
+class Drafters(ModelOptions, TextOptions, SpeculationOptions):
+    """Compare drafters, each with a fixed gamma and with the gamma MLP.
+
+    Args:
+        drafters: names of shipped drafts, folders, hub ids or prompt_lookup; all is every shipped
+            one and prompt_lookup.
+        path: a file of `tts record`; every arm commits its tokens.
+        modes: of static, window, online.
+        policies: of fixed (at gamma) and mlp.
+        segment_tokens: after so many the next arm has its turn.
+        results: folder for all results.
+        run_id: a new one if empty.
+    """
+
+    drafters: tuple[str, ...] = (ALL,)
+    path: str = ""
+    modes: tuple[str, ...] = tuple(MODES)
+    policies: tuple[str, ...] = ("fixed", "mlp")
+    segment_tokens: int = 48
+    conversations: int = 0
+    max_new_tokens: int = 3000
+    results: str = "results"
+    run_id: str = ""
+
+    def __post_init__(self) -> None:
+        TextOptions.__post_init__(self)
+        SpeculationOptions.__post_init__(self)
+        for mode in self.modes:
+            if mode not in MODES:
+                raise UserError(f"modes: {mode!r} is not one of {', '.join(MODES)}")
+        for policy in self.policies:
+            if policy not in ("fixed", "mlp"):
+                raise UserError(f"policies: {policy!r} is not one of fixed, mlp")
+        if not self.drafters or not self.modes or not self.policies:
+            raise UserError("drafters, modes, policies: name at least one of each")
+
+
+def drafters(config: Drafters) -> dict[str, Any]:
+    """Decode the paths with every arm; print the table, return the JSON summary."""
+    if not config.path:
+        raise UserError("path: give a file of `tts record`")
+    path = PathFile.read(config.path)
+    path.check(config, config)
+    # looping text flatters whatever copies or learns: those windows are left out of the path
+    dialogues = [_until_loop(d) for d in path.dialogues[: config.conversations or None]]
+    names = config.drafters
+    if ALL in names:
+        names = (*shipped_drafts(config.target), PROMPT_LOOKUP)
+    results = Results(config.results, "drafters", config.run_id, config)
+    if results.finished is not None:
+        print(f"run_id: {results.folder} is finished with the same config", file=sys.stderr)
+        return results.finished
+    arms = {"target": build("target", config.load(), config)}
+    for name in names:
+        arms |= _arms(name, replace(config, draft=name))
+
+    def keep(arm: str, dialogue: RecordedDialogue, part: list[RoundRecord]) -> None:
+        for record in part:
+            results.append(
+                "metrics.jsonl", {"arm": arm, "conversation": dialogue.id, **asdict(record)}
+            )
+
+    rows: dict[str, Any] = {}
+    summary = {"results": str(results.folder), "status": "interrupted", "arms": rows}
+    try:
+        rounds = take_turns(arms, dialogues, config, config.segment_tokens, keep)
+        rows |= {arm: _row(arm, rounds) for arm in rounds}
+        summary["status"] = "finished"
+    finally:
+        results.finish(summary)
+    _show(rows, config)
+    return summary
+
+
+def _arms(name: str, config: Drafters) -> dict[str, SpeculativeDecoder]:
+    """The decoders of one drafter, by the name of their row."""
+    pair = config.load()
+    made = {}
+    for policy in config.policies:
+        for mode in config.modes:
+            if mode == "online" and name == PROMPT_LOOKUP:
+                continue  # nothing to train
+            options = replace(config, policy=policy)
+            made[f"{name}, {mode}, {policy}"] = build(MODES[mode], pair, options)
+    return made
+
+
+def _until_loop(dialogue: RecordedDialogue) -> RecordedDialogue:
+    """The answers up to the first window of tokens that repeats itself."""
+    tokens = [token for answer in dialogue.answers for token in answer]
+    windows = distinct_4_windows(tokens)
+    left = next((WINDOW * i for i, value in enumerate(windows) if value < LOOP), len(tokens))
+    kept = []
+    for answer in dialogue.answers:
+        kept.append(answer[:left])
+        left -= len(kept[-1])
+    return replace(dialogue, answers=[answer for answer in kept if answer])
+
+
+def _row(arm: str, rounds: Rounds) -> dict[str, Any]:
+    """What one arm did; every interval is a 95 % bootstrap over conversations."""
+    texts = rounds[arm]
+    summary = summarise(r for of in texts.values() for r in of)
+
+    def spread(value: Callable[[Any], float | None]) -> list[float | None]:
+        return _known(interval([value(summarise(of)) or math.nan for of in texts.values()]))
+
+    def third(curve: Callable[[Any, Sequence[int]], Curve]) -> list[float | None]:
+        return _known(thirds(texts, curve))
+
+    times = {
+        text: sum(r.total_ms for r in rounds["target"][text]) / sum(r.total_ms for r in of)
+        for text, of in texts.items()
+    }
+    return {
+        "tok_s": summary.tok_s,
+        "over_target": _known(interval(list(times.values()))),
+        "acceptance_length": spread(lambda s: s.mean_acceptance_length),
+        "overlap": spread(lambda s: s.mean_overlap),
+        "acceptance_length_by_third": third(acceptance_curve),
+        "overlap_by_third": third(overlap_curve),
+        **{
+            f"{part}_share": getattr(summary, f"{part}_ms") / summary.total_ms
+            for part in ("draft", "verify", "update", "policy")
+        },
+        "updates": summary.num_updates,
+        "taken_back": summary.num_taken_back,
+        "update_ms": summary.update_ms / summary.num_updates if summary.num_updates else None,
+        "tokens": summary.num_emitted_tokens,
+    }
+
+
+def _known(values: Sequence[float]) -> list[float | None]:
+    """What was not measured is None, as JSON has it."""
+    return [None if math.isnan(value) else value for value in values]
+
+
+def _show(rows: dict[str, Any], config: Drafters) -> None:
+    table = Table(
+        title=f"{rows['target']['tokens']} tokens an arm, gamma {config.gamma} where fixed, window "
+        f"{config.window}; ratios to gamma 0, paired; shares of time"
+    )
+    columns = ("arm", "tok/s", "/ gamma 0", "AL", "AL by third", "overlap", "overlap by third",
+               "draft", "verify", "update")  # fmt: skip
+    for column in columns:
+        table.add_column(column, justify="left" if column == "arm" else "right")
+    for arm, row in rows.items():
+        table.add_row(
+            arm, number(row["tok_s"], 1), _interval(row["over_target"]),
+            _interval(row["acceptance_length"]),
+            " ".join(number(x, 2) for x in row["acceptance_length_by_third"]),
+            _interval(row["overlap"]),
+            " ".join(number(x, 3) for x in row["overlap_by_third"]),
+            *(number(row[f"{part}_share"], 3) for part in ("draft", "verify", "update")),
+        )  # fmt: skip
+    Console(width=180).print(table)
+
+
+def _interval(values: Sequence[float | None]) -> str:
+    mean, low, high = (number(x, 3) for x in values)
+    return mean if low == "-" else f"{mean} [{low}, {high}]"
