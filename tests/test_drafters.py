@@ -10,6 +10,7 @@ from tests.test_laws import ALPHA, VOCAB, honest, learning, p_value
 from tts.distill.config import DistillConfig
 from tts.engine import SpeculativeDecoder
 from tts.errors import UserError
+from tts.sampling import Coupled, Verdict
 
 EAGER = DistillConfig(stride=1, window=8, rank=4, learning_rate=0.01, max_update_share=1.0)
 
@@ -77,7 +78,11 @@ def test_a_session_goes_on_as_if_the_prompt_had_been_whole(family):
 
 @pytest.mark.parametrize("window", [None, 7])
 def test_the_replay_is_what_was_drafted(family, window):
-    """Every row that drafted an accepted token comes out of one replay of its window."""
+    check_replay(family, window)
+
+
+def check_replay(family, window=None):
+    """Every row that drafted comes out of one replay of its window."""
     made = family()
     decoder = SpeculativeDecoder(
         made, policy=make_policy("fixed", gamma=3), acceptance="coupled", draft_window=window,
@@ -99,23 +104,26 @@ def test_the_replay_is_what_was_drafted(family, window):
 
     session.drafter.begin = watched
     roots = []
-    result = decoder.generate(
-        PROMPT, generation_config=sampled(), seed=3, session=session, on_round=roots.append
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        # whatever is drafted is kept, so that every step of a chain has a replay
+        patch.setattr(Coupled, "judge", lambda rule, p, q, drafts, first: Verdict(len(drafts), 7))
+        result = decoder.generate(
+            PROMPT, generation_config=sampled(), seed=3, session=session, on_round=roots.append
+        )
     rows = session.lesson.evidence.window(40, len(session.sequence) - 1)
     said = session.drafter.replay(made.draft, session.drafter.window(session.sequence, rows))
     starts = torch.tensor([0, *(r.num_emitted for r in result.rounds)]).cumsum(0) + 5
-    compared = 0
+    compared = [0] * 4
     depth_of = (said.weight.log() / torch.tensor(0.8).log()).round().long()
-    for (position, context), (row, round_) in warped.items():
+    for (position, _), (row, round_) in warped.items():
         depth = position - int(starts[round_])
-        if list(context) != session.sequence[:position] or depth < 0:
-            continue
+        if depth < 0:
+            continue  # a late row, of a position that nothing was drafted for
         same = (said.row + rows.first == position) & (depth_of == depth)
         if same.any():
             torch.testing.assert_close(said.logits[same][0], row, atol=1e-4, rtol=1e-4)
-            compared += 1
-    assert compared > 10
+            compared[depth] += 1
+    assert min(compared[:3]) > 3
 
 
 def test_the_draft_gets_better_while_it_decodes(family):

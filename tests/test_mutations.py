@@ -195,7 +195,7 @@ LIST = [
     (a_block_of_masks_stays_in_the_cache,
      without_architecture(test_dflash.test_a_block_is_what_the_formulas_say), ""),
     *((mutation, without_architecture(
-        test_drafters.test_the_replay_is_what_was_drafted, family=PAIRS[name], window=None), "")
+        test_drafters.check_replay, family=PAIRS[name]), "")
       for mutation, name in ((a_chain_forgets_its_own_steps, "eagle3"),
                              (a_mask_sees_the_masks_of_other_roots, "pard"))),
 ]  # fmt: skip
