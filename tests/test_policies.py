@@ -25,6 +25,7 @@ from controllers.specdecpp import (
 from controllers.speckv import Regressor, SpecKv, step_signals
 from tests import tiny
 from tests.test_engine import decode, sampled
+from tests.test_laws import ALPHA, p_value, small_pair
 from tts.engine import SpeculativeDecoder
 from tts.errors import UserError
 from tts.policy import RoundOutcome, RoundState, Signals
@@ -217,6 +218,15 @@ def test_text_does_not_depend_on_the_policy(weights, name):
     result = decoder.generate(prompt, generation_config=sampled(80), seed=2)
     assert result.tokens == decode(pair, 0, sampled(80), seed=2, prompt=prompt).tokens
     assert name == "mlp" or any(r.num_accepted for r in result.rounds)
+
+
+@pytest.mark.parametrize("name", [name for name in POLICIES if name != "oracle"])
+def test_rejection_keeps_the_law_under_every_policy(weights, name):
+    def decoder(pair):
+        policy = make_policy(name, gamma=2, weights=weights)
+        return SpeculativeDecoder(pair, policy=policy, acceptance="rejection")
+
+    assert p_value(small_pair(), 300, decoder) > ALPHA
 
 
 @pytest.mark.parametrize("name", [name for name in POLICIES if name != "oracle"])
