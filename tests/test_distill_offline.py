@@ -7,12 +7,14 @@ import torch
 from safetensors.torch import save_file
 
 from tests import tiny
+from tests.heads import Recorded
 from tts.distill import losses
 from tts.distill.corpus import Corpus, annotate, read_tokens
+from tts.distill.features import Features
 from tts.distill.offline import OfflineConfig, OfflineTrainer, Text, frequent_ids
 from tts.distill.selftext import SelfTextConfig, write_shards
-from tts.distill.students import AutoregressiveStudent
-from tts.drafting import reduced
+from tts.distill.students import AutoregressiveStudent, DFlashStudent, Eagle3Student
+from tts.drafting import dflash_checkpoint, eagle3_checkpoint, make_drafter, reduced
 from tts.errors import UserError
 
 TEMPERATURE = 0.8
@@ -165,3 +167,76 @@ def test_missing_mass_is_lost_overlap_but_no_loss_of_a_divergence():
     log_q = torch.tensor([[0.5, 0.5]]).log()
     assert losses.overlap(kept, log_q).item() == pytest.approx(0.8)
     assert losses.forward_kl(kept, log_q).item() == pytest.approx(0, abs=1e-6)
+
+
+HEADS = {
+    "eagle3": lambda target, ids: Eagle3Student(
+        eagle3_checkpoint.from_target(target, ids, (0, 1, 2), (0, 1), ""), depths=4, share=0.5
+    ),
+    "dflash": lambda target, ids: DFlashStudent(
+        dflash_checkpoint.from_target(target, ids, (0, 1, 2), (0, 1), 5, 62, ""), share=0.4
+    ),
+}
+
+
+@pytest.fixture(params=HEADS)
+def head(request, target, folder):
+    """A student that reads the target, and its text with features."""
+    corpus = Corpus([folder / "train"], TEMPERATURE)
+    held_out = Corpus([folder / "held-out"], TEMPERATURE)
+    texts = [Text(part, Features(part, target, (0, 1, 2))) for part in (corpus, held_out)]
+    return HEADS[request.param](target, frequent_ids(corpus, 60, [62, 63])), texts
+
+
+def test_training_a_head_raises_its_held_out_acceptance_and_is_resumed(head, tmp_path, target):
+    student, texts = head
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    config = OfflineConfig(
+        draft_vocab_size=60, visits=48 * 8 * 30, batch_size=8, every=10, warmup=3, warm_share=0.0
+    )
+    trainer = OfflineTrainer(student, *texts, config, tmp_path)
+    start = trainer.evaluate()
+    *_, end = trainer.run()
+    assert end.overlap > start.overlap + 0.02
+    assert end.acceptance_length > start.acceptance_length
+    assert all(torch.equal(before[k], v) for k, v in target.state_dict().items())
+    again = OfflineTrainer(student, *texts, config, tmp_path)
+    assert again.step == trainer.steps == 30
+
+
+def test_features_are_kept_beside_the_shards_and_are_the_targets_states(head, target):
+    _, (text, _) = head
+    batch = torch.tensor([3, 1])
+    features = text.features.batch(batch)
+    again = Features(text.corpus, None, (0, 1, 2))  # nothing is left to run
+    assert torch.equal(again.batch(batch), features)
+    tokens = text.corpus.tokens[batch][:, : features.shape[1]]
+    states = target(tokens, output_hidden_states=True).hidden_states
+    for row, length in enumerate(text.corpus.lengths[i] for i in batch.tolist()):
+        expected = torch.cat([states[i][row, :length] for i in (0, 1, 2)], -1)
+        torch.testing.assert_close(features[row, :length].float(), expected, atol=2e-2, rtol=2e-2)
+
+
+def test_a_student_predicts_what_its_drafter_drafts(head, monkeypatch):
+    """The row of counted position t is the drafter's row for token t + 1."""
+    student, (text, _) = head
+    stored = Features.batch
+    monkeypatch.setattr(Features, "batch", lambda self, batch: stored(self, batch).float())
+    model = student.model.float().eval()
+    with torch.no_grad():
+        rows = student.predict(text.corpus, text.features, torch.tensor([2]))
+        logits = model.lm_head(rows.hidden)
+    tokens = text.corpus.tokens[2].tolist()
+    features = text.features.batch(torch.tensor([2]))[0]
+    compared = 0
+    for position in range(8, text.corpus.lengths[2]):
+        here = (rows.position == position) & (rows.depth == 0)
+        if here.any():
+            drafter = make_drafter(model, 64)
+            said = Recorded(drafter)
+            drafter.prefill(tokens[:position], features[: position - 1])
+            drafter.commit(position + 1, features[position - 1 : position])
+            said.propose(tokens[: position + 1], 1)
+            torch.testing.assert_close(said.logits[-1][0], logits[here][0], atol=1e-3, rtol=1e-3)
+            compared += 1
+    assert compared >= 3
