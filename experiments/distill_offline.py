@@ -19,6 +19,7 @@ from tts.models import load_target
 from tts.vocabulary import fingerprint
 
 DRAFTERS = ("autoregressive", "eagle3", "dflash")
+FEATURES = 3  # hidden states that a head reads unless they are named
 ANNOTATED = 16  # sequences a shard, of text that is read
 
 
@@ -125,18 +126,18 @@ def _student(
     if config.drafter == "autoregressive":
         draft = reduced.from_target(target, ids, list(training.layers), fingerprint)
         return AutoregressiveStudent(draft), ()
+    count = target.config.get_text_config().num_hidden_layers
+    features = training.features or dflash_checkpoint.read_layers(FEATURES, count)
     if config.drafter == "dflash":
         drafter = dflash_checkpoint.from_target(
             target,
             ids,
-            training.features,
+            features,
             training.layers,
             training.depth + 1,
             training.mask_token_id,
             fingerprint,
         )
-        return DFlashStudent(drafter, training.root_share), training.features
-    head = eagle3_checkpoint.from_target(
-        target, ids, training.features, training.layers, fingerprint
-    )
-    return Eagle3Student(head, training.depth, training.root_share), training.features
+        return DFlashStudent(drafter, training.root_share), features
+    head = eagle3_checkpoint.from_target(target, ids, features, training.layers, fingerprint)
+    return Eagle3Student(head, training.depth, training.root_share), features

@@ -12,17 +12,8 @@ LAYERS = (0, 1, 2)
 
 
 def eagle3(target, seed=0, ids=None, **variant):
-    """A random head whose distributions are neither flat nor point masses."""
-    torch.manual_seed(seed)
-    vocab = target.config.vocab_size
-    ids = torch.arange(vocab) if ids is None else ids
-    fields = {
-        **tiny.COMMON, "vocab_size": vocab, "num_hidden_layers": 1,
-        "target_hidden_size": target.config.hidden_size, "target_layers": LAYERS,
-        "draft_vocab_size": len(ids),
-    }  # fmt: skip
-    made = Eagle3(Eagle3Config(**(fields | variant)))
-    return _random(made, target, ids)
+    """A random head of one layer."""
+    return _random(Eagle3, Eagle3Config, target, seed, ids, {"num_hidden_layers": 1} | variant)
 
 
 def eagle3_pair(vocab=64, layers=2, **kwargs):
@@ -32,15 +23,8 @@ def eagle3_pair(vocab=64, layers=2, **kwargs):
 
 def dflash(target, seed=0, ids=None, **variant):
     """A random drafter of four tokens a block."""
-    torch.manual_seed(seed)
-    vocab = target.config.vocab_size
-    ids = torch.arange(vocab) if ids is None else ids
-    fields = {
-        **tiny.COMMON, "vocab_size": vocab, "num_hidden_layers": 2,
-        "target_hidden_size": target.config.hidden_size, "target_layers": LAYERS,
-        "draft_vocab_size": len(ids), "block_size": 5, "mask_token_id": vocab - 2,
-    }  # fmt: skip
-    return _random(DFlash(DFlashConfig(**(fields | variant))), target, ids)
+    own = {"num_hidden_layers": 2, "block_size": 5, "mask_token_id": target.config.vocab_size - 2}
+    return _random(DFlash, DFlashConfig, target, seed, ids, own | variant)
 
 
 def dflash_pair(vocab=64, layers=2, **kwargs):
@@ -61,8 +45,16 @@ def pard_pair(vocab=64, layers=2, seed=0, ids=None, noise=0.4):
 PAIRS = {"eagle3": eagle3_pair, "dflash": dflash_pair, "pard": pard_pair}
 
 
-def _random(made, target, ids):
+def _random(kind, config, target, seed, ids, own):
     """Weights whose distributions are neither flat nor point masses."""
+    torch.manual_seed(seed)
+    vocab = target.config.vocab_size
+    ids = torch.arange(vocab) if ids is None else ids
+    fields = {
+        **tiny.COMMON, "vocab_size": vocab, "target_hidden_size": target.config.hidden_size,
+        "target_layers": LAYERS, "draft_vocab_size": len(ids),
+    }  # fmt: skip
+    made = kind(config(**(fields | own)))
     for parameter in made.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(std=0.3)

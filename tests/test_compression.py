@@ -26,9 +26,7 @@ def folders(tmp_path_factory):
         patch.setitem(tiny.COMMON, "hidden_size", 64)
         patch.setitem(tiny.COMMON, "head_dim", 16)
         target = tiny.model("llama3.1")
-    tiny.save(target, root / "target")
-    tiny.save(tiny.noisy(target, 0.05), root / "draft")
-    return root
+    return tiny.save_pair(target, 0.05, root)
 
 
 def load(folders, compression, **kwargs):

@@ -175,6 +175,7 @@ def test_the_default_layers_are_those_of_the_authors():
     assert minus(dflash_checkpoint.read_layers(5, 36)) == [1, 9, 17, 25, 33]
     assert minus(dflash_checkpoint.read_layers(5, 30)) == [1, 8, 14, 20, 27]
     assert minus(dflash_checkpoint.read_layers(1, 30)) == [15]
+    assert dflash_checkpoint.read_layers(3, 30) == (2, 15, 28)  # what the shipped head reads
 
 
 def test_what_is_saved_is_the_layout_of_speculators_and_loads_unchanged(target_folder, tmp_path):

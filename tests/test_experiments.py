@@ -20,10 +20,7 @@ from tts.records import RoundRecord
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pair")
-    target = tiny.model("llama3.1")
-    tiny.save(target, root / "target")
-    tiny.save(tiny.noisy(target, 0.1), root / "draft")
+    root = tiny.save_pair(tiny.model("llama3.1"), 0.1, tmp_path_factory.mktemp("pair"))
     (root / "talk.json").write_text(
         json.dumps({"conversations": [{"id": "a", "turns": ["abc", "d", "ef"]},
                                       {"id": "b", "turns": ["xyz", "w"]}]})

@@ -12,6 +12,7 @@ from controllers import make_policy
 from tests import tiny
 from tts import SpeculativeDecoder, UserError, load_pair
 from tts.drafting import reduced
+from tts.drafting.checkpoint import read_config
 from tts.vocabulary import fingerprint
 
 
@@ -83,16 +84,20 @@ def test_a_reduced_draft_with_missing_tensors_is_refused_by_name(folders, tmp_pa
         load_pair(str(folders / "target"), str(tmp_path))
 
 
+def configured(folder, text):
+    return reduced.configure(read_config(folder / "config.json"), text, folder)
+
+
 def test_a_reduced_draft_of_another_width_is_refused(folders):
     wide = LlamaConfig(**tiny.COMMON | {"hidden_size": 64, "vocab_size": 64})
     with pytest.raises(UserError, match="32 wide over 64 ids, the target has 64"):
-        reduced.configure(folders / "reduced", wide)
+        configured(folders / "reduced", wide)
 
 
 def test_a_reduced_draft_is_saved_and_loaded_unchanged_and_is_small(folders):
     target = tiny.model("llama3.1")
     draft = reduced.load(
-        folders / "reduced", reduced.configure(folders / "reduced", target.config), target
+        folders / "reduced", configured(folders / "reduced", target.config), target
     )
     names = set(load_file(folders / "reduced" / "model.safetensors"))
     assert not any("embed" in name or "lm_head" in name for name in names)

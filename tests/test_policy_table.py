@@ -18,10 +18,7 @@ STATE = RoundState(10, 20, 8)
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pair")
-    target = tiny.model("llama3.1")
-    tiny.save(target, root / "target")
-    tiny.save(tiny.noisy(target, 0.05), root / "draft")
+    root = tiny.save_pair(tiny.model("llama3.1"), 0.05, tmp_path_factory.mktemp("pair"))
     talk = {"conversations": [{"id": x, "turns": ["abc", "d"]} for x in "ab"]}
     (root / "talk.json").write_text(json.dumps(talk))
     return root

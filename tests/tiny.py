@@ -110,3 +110,10 @@ def save(made: PreTrainedModel, folder: Path, vocab: int = 64) -> Path:
     made.save_pretrained(folder)
     tokenizer(vocab).save_pretrained(folder)
     return folder
+
+
+def save_pair(target: PreTrainedModel, noise: float, root: Path) -> Path:
+    """Write ``target`` and a noisy draft of it into ``root``."""
+    save(target, root / "target")
+    save(noisy(target, noise), root / "draft")
+    return root

@@ -35,11 +35,8 @@ from tts.packing import pack
 from tts.vocabulary import check_same_ids, fingerprint
 
 PROMPT_LOOKUP = "prompt_lookup"
-ATTACHED: Any = (
-    reduced,
-    dflash_checkpoint,
-    eagle3_checkpoint,
-)  # drafts that use parts of their target
+# drafts that use parts of their target
+ATTACHED: Any = (reduced, dflash_checkpoint, eagle3_checkpoint)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -123,7 +120,8 @@ def load_pair(
     check_compression(compression)
     name = f"{target}+{draft}"
     target_folder = _resolve(target, "target")
-    check_checkpoint(_config(target_folder, "target"), compression)
+    target_config = _config(target_folder, "target")
+    check_checkpoint(target_config, compression)
     tokenizer = _tokenizer(target_folder, "target")
     if draft == PROMPT_LOOKUP:
         model = _load(target_folder, "target", dtype, device, stock, compression)
@@ -142,7 +140,7 @@ def load_pair(
             "use the draft of this target"
         )
     folder = _fetched(draft_folder)
-    config = family.configure(folder, _config(target_folder, "target").get_text_config())
+    config = family.configure(published, target_config.get_text_config(), folder)
     model = _load(target_folder, "target", dtype, device, stock, compression)
     small = family.load(folder, config, model)
     if not stock:

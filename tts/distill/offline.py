@@ -41,14 +41,14 @@ class OfflineConfig:
 
     Args:
         layers: layers of the target that the draft's start as copies of.
-        features: hidden states of the target that a drafter which reads it is given.
+        features: hidden states of the target that a head reads (none: three, spread as in DFlash).
         draft_vocab_size: how many of the most frequent generated ids the draft predicts.
         loss: one of `tts.distill.losses.LOSSES`.
         warm_share: share of the steps that run on forward KL first.
-        depth: steps of a chain in training; slots of a block.
-        mask_token_id: an id that text never holds, whose embedding stands for unknown tokens.
-        root_share: share of the positions that a chain or a block is drafted from.
-        decay: weight of a row at depth i is decay^i.
+        depth: of a head: steps of a chain in training, slots of a block.
+        mask_token_id: of DFlash: an id that text never holds, which stands for unknown tokens.
+        root_share: of a head: share of the positions that a chain or a block is drafted from.
+        decay: of a head: weight of a row at depth i is decay^i.
         temperature: at which p and q are compared: that of decoding.
         batch_size: sequences a step.
         visits: tokens to train on, repetitions counted.
@@ -60,7 +60,7 @@ class OfflineConfig:
     """
 
     layers: tuple[int, ...] = (0, 29)
-    features: tuple[int, ...] = (2, 15, 28)
+    features: tuple[int, ...] = ()
     draft_vocab_size: int = 16384
     loss: str = "overlap"
     warm_share: float = 0.5

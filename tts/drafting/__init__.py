@@ -1,6 +1,6 @@
 """Drafters: what proposes tokens for the target to verify."""
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from transformers import PreTrainedModel
 
@@ -30,12 +30,7 @@ def make_drafter(draft: Draft, vocab_size: int, window: int | None = None) -> Dr
     """
     if isinstance(draft, PromptLookup):
         return PromptLookupDrafter(draft, window)
-    if isinstance(draft, Eagle3):
-        return Eagle3Drafter(draft, vocab_size, window)
-    if isinstance(draft, DFlash):
-        return DFlashDrafter(draft, vocab_size, window)
-    family = AutoregressiveDrafter if mask_token(draft) is None else PardDrafter
-    return family(draft, vocab_size, window)
+    return _family(draft)(draft, vocab_size, window)
 
 
 def trainable(draft: Draft) -> tuple[PreTrainedModel, type[TrainableDrafter]]:
@@ -46,13 +41,19 @@ def trainable(draft: Draft) -> tuple[PreTrainedModel, type[TrainableDrafter]]:
     """
     if isinstance(draft, PromptLookup):
         raise UserError("distill: prompt_lookup copies, there is nothing to train: give a model")
-    if isinstance(draft, Eagle3):
-        return draft, Eagle3Drafter
-    if isinstance(draft, DFlash):
-        return draft, DFlashDrafter
-    if CachedModel(draft).cache.is_recurrent:
+    family = _family(draft)
+    if issubclass(family, AutoregressiveDrafter) and CachedModel(draft).cache.is_recurrent:
         raise UserError(
             "distill: the draft has recurrent layers, whose past states are not kept: use a "
             "draft with attention only"
         )
-    return draft, AutoregressiveDrafter if mask_token(draft) is None else PardDrafter
+    return draft, family
+
+
+def _family(draft: PreTrainedModel) -> type[Any]:
+    """The drafter that runs this kind of model."""
+    if isinstance(draft, Eagle3):
+        return Eagle3Drafter
+    if isinstance(draft, DFlash):
+        return DFlashDrafter
+    return AutoregressiveDrafter if mask_token(draft) is None else PardDrafter

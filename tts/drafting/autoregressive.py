@@ -92,13 +92,18 @@ class AutoregressiveDrafter(ChainDrafter):
     def bare(
         self, model: PreTrainedModel, sequence: list[int], window: Window, fresh: int, clean: bool
     ) -> torch.Tensor:
+        bare = self._bare_up_to(model, fresh - 1, clean)
+        end = window.rows.end
+        return bare.feed(sequence[bare.length : end - 1], keep=end - fresh).logits
+
+    def _bare_up_to(self, model: PreTrainedModel, end: int, clean: bool) -> CachedModel:
+        """The bare draft on keys of its own, of at most the first ``end`` positions."""
         if self._bare is None:
             self._bare = CachedModel(model, self._cached.cache.window)
         if clean and not self._bare.length:  # instead of reading the context once more
-            self._bare.adopt(self._cached, fresh - 1)
-        end = window.rows.end
-        self._bare.rollback(min(self._bare.length, fresh - 1))
-        return self._bare.feed(sequence[self._bare.length : end - 1], keep=end - fresh).logits
+            self._bare.adopt(self._cached, end)
+        self._bare.rollback(min(self._bare.length, end))
+        return self._bare
 
     def recompute(self, sequence: list[int], count: int) -> None:
         length = self._cached.length

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from tts.errors import UserError
 
 WEIGHTS = "model.safetensors"
 PICKLED = "pytorch_model.bin"
+LENT = {"embed_tokens.weight", "lm_head.weight"}  # the target's, unless a head has its own
 
 Tensors = dict[str, torch.Tensor]
 
@@ -78,9 +81,39 @@ def fill(model: nn.Module, tensors: Tensors, optional: set[str], folder: Path) -
     model.load_state_dict(tensors, strict=False)
 
 
-def lend(parameter_of: nn.Module, weight: torch.Tensor) -> None:
-    """Let a module use a weight of the target, frozen."""
-    parameter_of.weight = nn.Parameter(weight.detach(), requires_grad=False)
+def attach(model: Any, tensors: Tensors, target: PreTrainedModel, folder: Path) -> Any:
+    """``model`` with ``tensors``, and what they lack lent by ``target``, in its dtype and place.
+
+    Raises:
+        UserError: naming tensors that are missing, too many or misshapen, ids outside the target's
+            vocabulary, or an embedding that is lacking where the widths differ.
+    """
+    config = model.config
+    ids = draft_ids(tensors, config.draft_vocab_size, config.vocab_size, folder)
+    fill(model, tensors, LENT | {"draft_ids"}, folder)
+    model.draft_ids = ids
+    model = model.to(target.device, target.dtype)
+    lend(model, target, LENT - tensors.keys())
+    return model.eval().requires_grad_(False)
+
+
+def lend(model: Any, target: PreTrainedModel, names: Set[str] = LENT) -> None:
+    """Let ``model`` use the target's embedding and the head rows of its ids, frozen.
+
+    Raises:
+        UserError: if the embedding is of another width.
+    """
+    if "embed_tokens.weight" in names:
+        embedding, width = target.get_input_embeddings().weight, model.config.hidden_size
+        if embedding.shape[1] != width:
+            raise UserError(
+                f"draft: it is {width} wide and has no embedding of its own, the target's is "
+                f"{embedding.shape[1]} wide: use the draft of this target"
+            )
+        model.embed_tokens.weight = nn.Parameter(embedding.detach(), requires_grad=False)
+    if "lm_head.weight" in names:
+        rows = target.get_output_embeddings().weight.detach()[model.draft_ids]
+        model.lm_head.weight = nn.Parameter(rows, requires_grad=False)
 
 
 def draft_ids(tensors: Tensors, size: int, vocab: int, folder: Path) -> torch.Tensor:
@@ -138,12 +171,30 @@ def layer_config(config: dict[str, Any]) -> dict[str, Any]:
     return {name: config[name] for name in LAYER_FIELDS if config.get(name) is not None}
 
 
-def write(model: Any, lent: set[str], folder: Path) -> None:
-    """Write the tensors that are the draft's own, in bfloat16, and its vocabulary."""
+def write(model: Any, published: dict[str, Any], kind: str, folder: Path) -> None:
+    """Write a head in the layout of speculators, in bfloat16, without what the target lends.
+
+    Args:
+        model: the head.
+        published: what is special about its configuration.
+        kind: transformers' ``model_type`` of its layers.
+        folder: made if it is not there.
+    """
+    config = model.config
+    layer = layer_config(config.to_dict())
+    published = published | {
+        "draft_vocab_size": config.draft_vocab_size,
+        "target_hidden_size": config.target_hidden_size,
+        "tokenizer_fingerprint": config.tokenizer_fingerprint,
+        "transformer_layer_config": layer
+        | {"model_type": kind, "num_hidden_layers": config.num_hidden_layers},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(published, indent=2) + "\n")
     tensors = {
         name: tensor.to("cpu", torch.bfloat16).contiguous()
         for name, tensor in model.state_dict().items()
-        if name not in lent | {"draft_ids"}
+        if name not in LENT | {"draft_ids"}
     }
     tensors |= vocabulary_maps(model.draft_ids, model.config.vocab_size)
     save_file(tensors, folder / WEIGHTS)

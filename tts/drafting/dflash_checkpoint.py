@@ -6,7 +6,6 @@ program trains is written in the layout of speculators, with a reduced vocabular
 rows and embedding, which are the target's.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from tts.drafting.dflash_model import DFlash, DFlashConfig
 from tts.errors import UserError
 
 ALGORITHM = "dflash"
-LENT = {"embed_tokens.weight", "lm_head.weight"}
 
 
 def recognises(config: dict[str, Any]) -> bool:
@@ -33,8 +31,8 @@ def read_layers(count: int, layers: int) -> tuple[int, ...]:
     return tuple(round(1 + i * (layers - 4) / (count - 1)) + 1 for i in range(count))
 
 
-def configure(folder: Path, text: PreTrainedConfig) -> DFlashConfig:
-    """The configuration of the drafter in ``folder`` for a target with configuration ``text``.
+def configure(published: dict[str, Any], text: PreTrainedConfig, folder: Path) -> DFlashConfig:
+    """The configuration ``published`` in ``folder``, for a target with configuration ``text``.
 
     Raises:
         UserError: for a width or vocabulary that is not the target's, a layer that it does not
@@ -42,7 +40,7 @@ def configure(folder: Path, text: PreTrainedConfig) -> DFlashConfig:
     """
     file = folder / "config.json"
     try:
-        config = _config(checkpoint.read_config(file), file)
+        config = _config(published, file)
     except KeyError as error:
         raise UserError(f"draft: {file} lacks {error}: fetch it again") from None
     wanted = text.hidden_size, text.vocab_size
@@ -59,19 +57,10 @@ def configure(folder: Path, text: PreTrainedConfig) -> DFlashConfig:
 
 
 def load(folder: Path, config: DFlashConfig, target: PreTrainedModel) -> DFlash:
-    """The drafter in ``folder`` for ``target``, in its dtype and on its device.
-
-    Raises:
-        UserError: naming tensors that are missing, too many or misshapen.
-    """
+    """The drafter in ``folder`` for ``target``; errors as of `checkpoint.attach`."""
     tensors = checkpoint.read_tensors(folder)
-    ids = checkpoint.draft_ids(tensors, config.draft_vocab_size, config.vocab_size, folder)
-    model = DFlash(config)
-    checkpoint.fill(model, tensors, LENT | {"draft_ids"}, folder)
-    model.draft_ids = ids
-    model = model.to(target.device, target.dtype)
-    _borrow(model, target, LENT - tensors.keys())
-    return model.eval().requires_grad_(False)
+    drafter: DFlash = checkpoint.attach(DFlash(config), tensors, target, folder)
+    return drafter
 
 
 def from_target(
@@ -108,37 +97,21 @@ def from_target(
             new.get_submodule(name).load_state_dict(source.get_submodule(name).state_dict())
     model.norm.load_state_dict(target.model.norm.state_dict())
     model = model.to(target.device, target.dtype)
-    _borrow(model, target, LENT)
+    checkpoint.lend(model, target)
     return model
 
 
 def save(model: DFlash, folder: Path) -> None:
-    """Write the drafter in the layout of speculators, without what the target lends."""
+    """Write the drafter (`checkpoint.write`)."""
     config: DFlashConfig = model.config
-    folder.mkdir(parents=True, exist_ok=True)
-    layer = checkpoint.layer_config(config.to_dict())
     published = {
         "speculators_model_type": ALGORITHM,
         "architectures": ["DFlashDraftModel"],
-        "draft_vocab_size": config.draft_vocab_size,
-        "target_hidden_size": config.target_hidden_size,
         "aux_hidden_state_layer_ids": list(config.target_layers),
         "block_size": config.block_size,
         "mask_token_id": config.mask_token_id,
-        "tokenizer_fingerprint": config.tokenizer_fingerprint,
-        "transformer_layer_config": layer
-        | {"model_type": "qwen3", "num_hidden_layers": config.num_hidden_layers},
     }
-    (folder / "config.json").write_text(json.dumps(published, indent=2) + "\n")
-    checkpoint.write(model, LENT, folder)
-
-
-def _borrow(model: DFlash, target: PreTrainedModel, names: set[str]) -> None:
-    if "embed_tokens.weight" in names:
-        checkpoint.lend(model.embed_tokens, target.get_input_embeddings().weight)
-    if "lm_head.weight" in names:
-        rows = target.get_output_embeddings().weight.detach()[model.draft_ids]
-        checkpoint.lend(model.lm_head, rows)
+    checkpoint.write(model, published, "qwen3", folder)
 
 
 def _config(published: dict[str, Any], file: Path) -> DFlashConfig:

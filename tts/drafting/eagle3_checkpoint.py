@@ -7,7 +7,6 @@ What this program trains is written in the layout of speculators, without the he
 embedding, which are the target's.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from tts.errors import UserError
 
 ALGORITHM = "eagle3"
 VARIANTS = ("norm_before_residual", "norm_output", "fc_norm", "norm_before_fc")
-LENT = {"embed_tokens.weight", "lm_head.weight"}
 
 
 def recognises(config: dict[str, Any]) -> bool:
@@ -39,15 +37,15 @@ def read_layers(count: int) -> tuple[int, ...]:
     return 2, count // 2, count - 3
 
 
-def configure(folder: Path, text: PreTrainedConfig) -> Eagle3Config:
-    """The configuration of the head in ``folder`` for a target with configuration ``text``.
+def configure(published: dict[str, Any], text: PreTrainedConfig, folder: Path) -> Eagle3Config:
+    """The configuration ``published`` in ``folder``, for a target with configuration ``text``.
 
     Raises:
         UserError: for a width or vocabulary that is not the target's, a layer that it does not
             have, or a setting that is missing.
     """
     try:
-        config = _config(checkpoint.read_config(folder / "config.json"), text)
+        config = _config(published, text)
     except KeyError as error:
         raise UserError(f"draft: {folder}/config.json lacks {error}: fetch it again") from None
     wanted = text.hidden_size, text.vocab_size
@@ -57,27 +55,14 @@ def configure(folder: Path, text: PreTrainedConfig) -> Eagle3Config:
 
 
 def load(folder: Path, config: Eagle3Config, target: PreTrainedModel) -> Eagle3:
-    """The head in ``folder`` for ``target``, in its dtype and on its device.
-
-    Raises:
-        UserError: naming tensors that are missing, too many or misshapen.
-    """
+    """The head in ``folder`` for ``target``; errors as of `checkpoint.attach`."""
     tensors = {
         name.replace("midlayer.", "layers.0."): tensor
         for name, tensor in checkpoint.read_tensors(folder).items()
     }
     config.qk_norm = "layers.0.self_attn.q_norm.weight" in tensors
-    ids = checkpoint.draft_ids(tensors, config.draft_vocab_size, config.vocab_size, folder)
-    model = Eagle3(config)
-    checkpoint.fill(model, tensors, LENT | {"draft_ids"}, folder)
-    model.draft_ids = ids
-    model = model.to(target.device, target.dtype)
-    if "embed_tokens.weight" not in tensors:
-        checkpoint.lend(model.embed_tokens, _embedding(target, config))
-    if "lm_head.weight" not in tensors:
-        rows = target.get_output_embeddings().weight.detach()[model.draft_ids]
-        checkpoint.lend(model.lm_head, rows)
-    return model.eval().requires_grad_(False)
+    head: Eagle3 = checkpoint.attach(Eagle3(config), tensors, target, folder)
+    return head
 
 
 def from_target(
@@ -120,8 +105,7 @@ def from_target(
     _look_up(model, target.get_input_embeddings().weight)
     model.norm.load_state_dict(target.model.norm.state_dict())
     model = model.to(target.device, target.dtype)
-    checkpoint.lend(model.embed_tokens, target.get_input_embeddings().weight)
-    checkpoint.lend(model.lm_head, target.get_output_embeddings().weight.detach()[ids])
+    checkpoint.lend(model, target)
     return model
 
 
@@ -143,22 +127,15 @@ def _look_up(model: Eagle3, embedding: torch.Tensor) -> None:
 
 
 def save(model: Eagle3, folder: Path) -> None:
-    """Write the head in the layout of speculators, in bfloat16, without what the target lends."""
+    """Write the head (`checkpoint.write`)."""
     config: Eagle3Config = model.config
-    folder.mkdir(parents=True, exist_ok=True)
     published = {
         "speculators_model_type": ALGORITHM,
         "architectures": ["Eagle3Speculator"],
-        "draft_vocab_size": config.draft_vocab_size,
-        "target_hidden_size": config.target_hidden_size,
         "eagle_aux_hidden_state_layer_ids": list(config.target_layers),
         **{name: getattr(config, name) for name in VARIANTS},
-        "tokenizer_fingerprint": config.tokenizer_fingerprint,
-        "transformer_layer_config": checkpoint.layer_config(config.to_dict())
-        | {"model_type": "llama", "num_hidden_layers": config.num_hidden_layers},
     }
-    (folder / "config.json").write_text(json.dumps(published, indent=2) + "\n")
-    checkpoint.write(model, LENT, folder)
+    checkpoint.write(model, published, "llama", folder)
 
 
 def _config(published: dict[str, Any], text: PreTrainedConfig) -> Eagle3Config:
@@ -188,13 +165,3 @@ def _config(published: dict[str, Any], text: PreTrainedConfig) -> Eagle3Config:
         tokenizer_fingerprint=published.get("tokenizer_fingerprint", ""),
         **{name: bool(published.get(name, False)) for name in VARIANTS},
     )
-
-
-def _embedding(target: PreTrainedModel, config: Eagle3Config) -> torch.Tensor:
-    weight: torch.Tensor = target.get_input_embeddings().weight
-    if weight.shape[1] != config.hidden_size:
-        raise UserError(
-            f"draft: it is {config.hidden_size} wide and has no embedding of its own, the target's "
-            f"is {weight.shape[1]} wide: use the draft of this target"
-        )
-    return weight

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tts.cache import filled
-from tts.cached_model import CachedModel, Rows
+from tts.cached_model import Rows
 from tts.drafting.autoregressive import AutoregressiveDrafter
 from tts.drafting.protocol import Replay, Window
 from tts.errors import UserError
@@ -102,13 +102,9 @@ class PardDrafter(AutoregressiveDrafter):
         self, model: PreTrainedModel, sequence: list[int], window: Window, fresh: int, clean: bool
     ) -> torch.Tensor:
         start = window.rows.first - 1
-        if self._bare is None:
-            self._bare = CachedModel(model, self._cached.cache.window)
-        if clean and not self._bare.length:
-            self._bare.adopt(self._cached, start)
-        self._bare.rollback(min(self._bare.length, start))
-        if start > self._bare.length:
-            self._bare.feed(sequence[self._bare.length : start])
+        bare = self._bare_up_to(model, start, clean)
+        if start > bare.length:
+            bare.feed(sequence[bare.length : start])
         with torch.no_grad():
-            said = self.replay(model, window._replace(prefix=self._bare.cache.keys_values(start)))
+            said = self.replay(model, window._replace(prefix=bare.cache.keys_values(start)))
         return said.logits[said.row >= fresh - window.rows.first]

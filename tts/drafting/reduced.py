@@ -136,13 +136,15 @@ def recognises(config: dict[str, Any]) -> bool:
     return config.get("model_type") == ReducedLlamaConfig.model_type
 
 
-def configure(folder: Path, text: PreTrainedConfig) -> ReducedLlamaConfig:
-    """The configuration in ``folder``, for a target whose text configuration is ``text``.
+def configure(
+    published: dict[str, Any], text: PreTrainedConfig, folder: Path
+) -> ReducedLlamaConfig:
+    """The configuration ``published`` in ``folder``, for a target with configuration ``text``.
 
     Raises:
         UserError: if the target is of another width.
     """
-    config: ReducedLlamaConfig = ReducedLlamaConfig.from_pretrained(folder)
+    config: ReducedLlamaConfig = ReducedLlamaConfig.from_dict(published)
     own = config.hidden_size, config.vocab_size
     checkpoint.check_target(*own, (text.hidden_size, text.vocab_size), folder)
     return config
