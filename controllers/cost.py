@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
-PRIOR_MS = (35.0, 2.0, 4.0)  # gamma = 0; extra for drafting at all; each drafted token
-PRIOR_SD_MS = (100.0, 10.0, 8.0)
+# gamma = 0; extra where a model drafts at all, each token that it drafts; extra where all drafts
+# are copies, each copy (free until one was seen, else a fast machine would never see one)
+PRIOR_MS = (35.0, 2.0, 4.0, 0.0, 0.0)
+PRIOR_SD_MS = (100.0, 10.0, 8.0, 10.0, 4.0)
 NOISE, FIRST_NOISE = 0.15, 0.5  # standard deviation of one round's time, as a fraction of it
-DRIFT = (0.005, 0.001, 0.0005)  # of each parameter between two rounds, as a fraction of a round
+DRIFT = (0.005, 0.001, 0.0005, 0.001, 0.0005)  # of each between rounds, as a fraction of a round
 WARM = 6  # observations that no prediction can judge: any of them may be slow (compilation)
 OUTLIER = 2.0  # a round counts as at most this many times its prediction
 FLOOR = 0.01  # a drafted token costs at least this fraction of a round
@@ -21,7 +23,8 @@ FLOOR = 0.01  # a drafted token costs at least this fraction of a round
 class CostModel:
     """Round time in ms: ``base`` at gamma = 0, ``base + extra + gamma * step`` above.
 
-    A Kalman filter over (base, extra, step): the three drift slowly (the context grows), and the
+    Copied drafts only cost their rows in the verify pass, and so have an extra and a step of their
+    own. A Kalman filter over these five: they drift slowly (the context grows), and the
     shared base lets rounds of any gamma tell of the others, so a gamma that is rarely used does
     not go stale. Other work on the machine only ever slows a round down: slow rounds are clipped,
     and fast ones weigh more. Plain floats: a call takes microseconds.
@@ -30,14 +33,15 @@ class CostModel:
     def __init__(self) -> None:
         self._mean = list(PRIOR_MS)
         self._covariance = [
-            [sd * sd if i == j else 0.0 for j in range(3)] for i, sd in enumerate(PRIOR_SD_MS)
+            [sd * sd if i == j else 0.0 for j in range(5)] for i, sd in enumerate(PRIOR_SD_MS)
         ]
         self._count = 0
 
-    def observe(self, drafted: int, draft_ms: float, verify_ms: float) -> None:
-        """Learn from a round of ``drafted`` tokens."""
-        x = (1.0, 1.0, float(drafted)) if drafted else (1.0, 0.0, 0.0)
-        predicted, measured = self.round_ms(drafted), draft_ms + verify_ms
+    def observe(self, drafted: int, draft_ms: float, verify_ms: float, copied: int = 0) -> None:
+        """Learn from a round of ``drafted`` tokens, ``copied`` of them by no model."""
+        made = drafted - copied  # by a model
+        x = (1.0, float(made > 0), float(made), float(copied > 0 == made), float(copied))
+        predicted, measured = self.round_ms(drafted, copied), draft_ms + verify_ms
         scale, noise = min(predicted, measured), FIRST_NOISE * measured
         if self._count >= WARM:
             measured, noise = min(measured, OUTLIER * predicted), NOISE * scale
@@ -56,17 +60,23 @@ class CostModel:
             for row, a in zip(covariance, shared, strict=True)
         ]
 
-    def round_ms(self, gamma: int) -> float:
+    def round_ms(self, gamma: int, copied: int = 0) -> float:
         """Expected time of a round with ``gamma`` drafted tokens; drafting is never free."""
         base = max(self._mean[0], 1e-3)
         if gamma == 0:
             return base
-        return max(self._mean[0] + self._mean[1], base) + gamma * self.step_ms
+        extra = max(self._mean[1 if gamma > copied else 3], 0.0)
+        return base + extra + (gamma - copied) * self.step_ms + copied * self.copy_ms
 
     @property
     def step_ms(self) -> float:
-        """Marginal cost of one more drafted token, its row in the verify pass included."""
+        """Marginal cost of one more token that a model drafts, its row in the pass included."""
         return max(self._mean[2], FLOOR * self._mean[0], 1e-6)
+
+    @property
+    def copy_ms(self) -> float:
+        """Marginal cost of one more copied token: its row in the pass."""
+        return max(self._mean[4], FLOOR * self._mean[0], 1e-6)
 
     def state_dict(self) -> dict[str, Any]:
         """Arrays and numbers that `load_state_dict` needs to go on."""

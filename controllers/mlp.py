@@ -40,6 +40,7 @@ FAST, SLOW = 1 / 8, 1 / 64  # per label, for the two averages of recent acceptan
 RATE, OPTION = 1 / 32, 1 / 64  # per round, for realised tokens per ms and gain of drafting
 LOOK = 1 / 32  # chance to draft one token more than pays
 PROBE, RARE_PROBE, PATIENCE = 36, 160, 14  # rounds between probes; doubled after 14 in vain
+PROBE_SHARE = 0.02  # of the time, where nothing else is drafted
 REPLAY, BATCH, STEPS = 128, 24, 2
 STEP_SIZE, FIT_SIZE = 0.003, 0.01  # of Adam, while decoding and offline
 
@@ -80,8 +81,13 @@ class History:
         return [*said, *recent, position, self.compression]
 
     def follow(self, drafted: Round) -> Examples:
-        """Examples of a verified round; afterwards its outcome belongs to the past."""
+        """Examples of a verified round; afterwards its outcome belongs to the past.
+
+        Copies are left out: they follow what the model has drafted, and know how good they are.
+        """
         state, signals, labels, num_accepted = drafted
+        signals = [s for s in signals if not s.copied]
+        labels = labels[: len(signals)]
         known = len(labels)
         if not known:
             return NOTHING
@@ -92,7 +98,7 @@ class History:
         for label in labels:
             fast += FAST * (label - fast)
             slow += SLOW * (label - slow)
-        self.values = [*signals[known - 1][1:4], fast, slow, num_accepted / len(signals)]
+        self.values = [*signals[known - 1][1:4], fast, slow, min(1.0, num_accepted / len(signals))]
         return Examples(np.array(rows), targets)
 
 
@@ -213,6 +219,8 @@ class Mlp:
         self._survival, self._probing = 1.0, False
         if limit < 1:
             return 0
+        if state.at_hand is not None:
+            return limit if self._gain(state.at_hand, limit, copied=True) > 0 else 0
         _, following = self._predict(state, None)
         self._expected = self._gain(following, limit)
         if self._expected + max(self._option, 0.0) > 0:
@@ -224,28 +232,35 @@ class Mlp:
         return limit if self._probing else 0
 
     def proceed(self, state: RoundState, signals: Signals) -> bool:
-        own, following = self._predict(state, signals)
+        # a copy says itself how good it is
+        own, following = signals.confidence, 0.0
+        if not signals.copied:
+            own, following = self._predict(state, signals)
         self._survival *= own
+        if signals.following is not None:
+            return self._survival * signals.following >= self.rate * self.cost.copy_ms
         pays = self._survival * following >= self.rate * self.cost.step_ms
         # offsets that are always given up would never be seen again
         return pays or bool(self._rng.random() < LOOK)
 
     def observe(self, outcome: RoundOutcome) -> None:
         drafted = outcome.num_drafted
+        copied = sum(s.copied for s in outcome.signals)
         # after rounds without drafts the draft first reads what it missed: not what a draft costs
-        behind, self._behind = self._behind and drafted > 0, drafted == 0
+        behind, self._behind = self._behind and drafted > copied, drafted == 0
         if not behind:
-            self.cost.observe(drafted, outcome.draft_ms, outcome.verify_ms)
+            self.cost.observe(drafted, outcome.draft_ms, outcome.verify_ms, copied)
         # modelled time, so that an outlier moves neither this rate nor its comparison with others
         if not self._ms:
             self._tokens, self._ms = 1.0, self.cost.round_ms(0)
         self._tokens += RATE * (outcome.num_accepted + 1 - self._tokens)
-        self._ms += RATE * (self.cost.round_ms(drafted) - self._ms)
-        labels = outcome.acceptance() if drafted else []
+        ms = self.cost.round_ms(drafted, copied)
+        self._ms += RATE * (ms - self._ms)
+        labels = outcome.acceptance() if drafted > copied else []
         if not labels:
             return
         fresh = self._history.follow((outcome.state, outcome.signals, labels, outcome.num_accepted))
-        self._judge(labels, self.cost.round_ms(drafted) - self.cost.round_ms(0), behind)
+        self._judge(labels, ms - self.cost.round_ms(0), behind)
         if self.learning:
             self._learn(fresh)
 
@@ -267,7 +282,10 @@ class Mlp:
     def _interval(self) -> float:
         """Rounds at gamma = 0 until the next probe, random: no period of the text shall hide."""
         rounds = min(PROBE * (1 + self._confirmed / PATIENCE), RARE_PROBE)
-        return rounds * self._rng.uniform(0.5, 1.5)
+        alone = self.cost.round_ms(0)
+        # a probe takes two rounds: the draft first reads what it missed
+        affordable = 2 * (self.cost.round_ms(1) - alone) / (PROBE_SHARE * alone)
+        return max(rounds, affordable) * self._rng.uniform(0.5, 1.5)
 
     def _judge(self, labels: list[float], extra_ms: float, behind: bool) -> None:
         """Learn from a drafted round, which took ``extra_ms``, whether drafting pays."""
@@ -280,14 +298,15 @@ class Mlp:
         confirmed = self._probing and not self._again
         self._confirmed = self._confirmed + 1 if confirmed else self._confirmed / 2
 
-    def _gain(self, hazard: float, limit: int) -> float:
+    def _gain(self, hazard: float, limit: int, copied: bool = False) -> float:
         """Most tokens that drafting wins, less its cost, if each offset has this ``hazard``."""
         cost, rate = self.cost, self.rate
         spare, survival, tokens, best = cost.round_ms(0), 1.0, 0.0, -math.inf
         for gamma in range(1, limit + 1):
             survival *= hazard
             tokens += survival
-            best = max(best, tokens - rate * (cost.round_ms(gamma) - spare))
+            extra_ms = cost.round_ms(gamma, gamma if copied else 0) - spare
+            best = max(best, tokens - rate * extra_ms)
         return best
 
     def _learn(self, fresh: Examples) -> None:

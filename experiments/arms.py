@@ -41,6 +41,7 @@ def build(name: str, pair: ModelPair, options: SpeculationOptions) -> Speculativ
         distill=options.distill if arm.draft and options.draft_updates else None,
         acceptance=options.acceptance,
         draft_window=options.window if arm.window else None,
+        lookup=options.prompt_lookup,
     )
 
 

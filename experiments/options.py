@@ -7,6 +7,7 @@ from transformers import GenerationConfig
 
 from controllers import WEIGHTS, make_policy
 from tts.distill.config import DistillConfig
+from tts.drafting import PromptLookup
 from tts.engine import ACCEPTANCE
 from tts.errors import UserError
 from tts.models import ModelPair, load_pair
@@ -103,6 +104,7 @@ class SpeculationOptions:
         policy: who chooses gamma (`controllers.POLICIES`).
         gamma: speculation length of the fixed policy.
         cap: largest gamma of any other policy (None: its authors' own).
+        lookup: copy after so many matching tokens; the draft does the rest (0: it does all).
         window: sliding window over the draft's context, of the arms ``window``, ``draft_window``.
         distill: how the draft learns in the arms that let it.
         draft_updates: False: no arm's draft learns.
@@ -114,6 +116,7 @@ class SpeculationOptions:
     policy: str = "fixed"
     gamma: int = 4
     cap: int | None = None
+    lookup: int = 0
     window: int = 256
     distill: DistillConfig = field(default_factory=DistillConfig)
     draft_updates: bool = True
@@ -126,8 +129,18 @@ class SpeculationOptions:
                 f"acceptance: {self.acceptance!r} is not one of {', '.join(ACCEPTANCE)}"
             )
         make_policy(self.policy, gamma=self.gamma, cap=self.cap, weights=self.weights_folder)
+        if not 0 <= self.lookup <= PromptLookup().longest:
+            raise UserError(
+                f"lookup: {self.lookup} is not between 0 (copy nothing) and "
+                f"{PromptLookup().longest} matching tokens"
+            )
         if self.window < 1:
             raise UserError(f"window: {self.window} sees nothing: use at least 1")
+
+    @property
+    def prompt_lookup(self) -> PromptLookup | None:
+        """What is copied beside the draft."""
+        return PromptLookup(shortest=self.lookup) if self.lookup else None
 
     @property
     def weights_folder(self) -> Path:

@@ -148,7 +148,7 @@ def compare(rounds: Rounds, fixed: list[str]) -> dict[str, Any]:
     price = prices(rounds)
     priced = {
         arm: np.array(
-            [sum(price[r.num_drafted] + r.policy_ms for r in rounds) for rounds in texts.values()]
+            [sum(price[_kind(r)] + r.policy_ms for r in rounds) for rounds in texts.values()]
         )
         for arm, texts in rounds.items()
     }
@@ -156,7 +156,7 @@ def compare(rounds: Rounds, fixed: list[str]) -> dict[str, Any]:
     held_to = {"best_fixed": best, "oracle": ORACLE, "ours": OURS}
     return {
         "best_fixed": best,
-        "round_ms": price,
+        "round_ms": {f"{drafted}+{copied}": ms for (drafted, copied), ms in price.items()},
         "arms": {
             arm: _row(pooled[arm])
             | {"priced_tok_s": 1000 * pooled[arm].num_emitted_tokens / float(priced[arm].sum())}
@@ -171,18 +171,23 @@ def compare(rounds: Rounds, fixed: list[str]) -> dict[str, Any]:
     }
 
 
-def prices(rounds: Rounds) -> dict[int, float]:
-    """Median milliseconds, the policy's aside, of a round with so many drafted tokens, of all arms.
+def _kind(record: RoundRecord) -> tuple[int, int]:
+    """What decides how long a round takes: tokens that a model drafted, and copied ones."""
+    return record.num_drafted - record.num_copied, record.num_copied
+
+
+def prices(rounds: Rounds) -> dict[tuple[int, int], float]:
+    """Median milliseconds, the policy's aside, of a round with so many drafts and so many copies.
 
     Taking turns leaves what the machine does within a turn: arms that chose alike have differed by
     a quarter beside other work. At equal prices they differ by what they chose and by their own
     policy's time alone.
     """
-    times: dict[int, list[float]] = {}
+    times: dict[tuple[int, int], list[float]] = {}
     for texts in rounds.values():
         for record in (r for of in texts.values() for r in of):
-            times.setdefault(record.num_drafted, []).append(record.total_ms - record.policy_ms)
-    return {drafted: median(values) for drafted, values in sorted(times.items())}
+            times.setdefault(_kind(record), []).append(record.total_ms - record.policy_ms)
+    return {kind: median(values) for kind, values in sorted(times.items())}
 
 
 def _row(summary: Summary) -> dict[str, Any]:

@@ -157,10 +157,10 @@ def replay(
     draft_window: int | None = None,
 ) -> list[float]:
     """Overlap at every generated position, each measured before it was learned from."""
-    draft = pair.draft
-    if coordinator is not None:
-        draft, lesson = coordinator.live, coordinator.lesson()
+    draft = pair.draft if coordinator is None else coordinator.live
     drafter = make_drafter(draft, pair.target.config.vocab_size, draft_window)
+    if coordinator is not None:
+        lesson = coordinator.lesson(cast(TrainableDrafter, drafter))
     drafter.begin(lambda columns: Warper(sampling, 0, columns))
     values: list[float] = []
     read = 0  # positions whose features the drafter has
@@ -177,7 +177,6 @@ def replay(
                 lesson,
                 block.sequence,
                 len(block.sequence),
-                cast(TrainableDrafter, drafter),
                 sampling.temperature or 1.0,
             )
     return values

@@ -292,3 +292,50 @@ def test_drafting_never_looks_free():
 def test_bad_options_are_refused(options, match):
     with pytest.raises(UserError, match=match):
         make_policy("mlp", **options)
+
+
+def copying_round(policy, random, held, acceptance):
+    """A round that a copy which holds with probability ``held`` may begin, or a model may.
+
+    Returns the number of drafted tokens.
+    """
+    copied = bool(random.random() < 0.5)
+    at_hand = held if copied else None
+    state, said, accepted, standing = RoundState(5, 50, CAP, at_hand), [], 0, True
+    for offset in range(policy.plan(state)):
+        confidence = held if copied else 0.5
+        said.append(Signals(offset, 1.0, confidence, confidence, copied=copied, following=at_hand))
+        standing &= bool(random.random() < (held if copied else acceptance))
+        accepted += standing
+        if not policy.proceed(state, said[-1]):
+            break
+    model = 0 if copied else len(said)
+    draft_ms = STEP_MS * model + (EXTRA_MS if model else 0)
+    labels = [held if copied else acceptance] * min(len(said), accepted + 1)
+    policy.observe(
+        RoundOutcome(state, accepted, said, lambda: labels, draft_ms, BASE_MS + 0.5 * len(said))
+    )
+    return copied, len(said)
+
+
+@pytest.mark.parametrize(("held", "acceptance", "copies"), [(0.7, 0.1, True), (0.005, 0.9, False)])
+def test_copies_and_a_model_are_each_drafted_where_they_pay(held, acceptance, copies):
+    policy, random = make_policy("mlp"), np.random.default_rng(0)
+    for _ in range(400):
+        copying_round(policy, random, held, acceptance)
+    rounds = [copying_round(policy, random, held, acceptance) for _ in range(400)]
+    drafted = {kind: np.mean([n for c, n in rounds if c == kind]) for kind in (True, False)}
+    assert (drafted[True] > 2, drafted[False] < 0.3) == (copies, copies)
+    if copies:
+        assert policy.cost.copy_ms == pytest.approx(0.5, abs=0.2)
+    assert policy.cost.step_ms == pytest.approx(STEP_MS, rel=0.4)
+
+
+def test_a_copy_that_is_unlikely_to_stand_is_not_drafted():
+    policy, state = make_policy("mlp"), RoundState(5, 50, CAP, 0.9)
+    for _ in range(50):
+        copying_round(policy, np.random.default_rng(0), 0.9, 0.1)
+    assert policy.plan(state) == policy.cap
+    assert policy.proceed(state, Signals(0, 1.0, 0.9, 1.0, copied=True, following=0.9))
+    assert not policy.proceed(state, Signals(1, 1.0, 0.9, 1.0, copied=True, following=0.01))
+    assert policy.plan(state._replace(at_hand=0.001)) == 0

@@ -373,8 +373,8 @@ def test_the_learner_sees_what_the_draft_sees(draft_window):
     pair = learnable()
     config = DistillConfig(stride=4, window=8, max_update_share=1.0)
     coordinator = Coordinator(pair.draft, pair.target.get_output_embeddings().weight, config)
-    lesson = coordinator.lesson()
     drafter = AutoregressiveDrafter(coordinator.live, pair.target.config.vocab_size, draft_window)
+    lesson = coordinator.lesson(drafter)
     sequence = [*PROMPT[0].tolist(), *TOKENS]
     drafter.prefill(sequence, None)
     said = pair.target(torch.tensor([sequence]), output_hidden_states=True)
@@ -388,7 +388,7 @@ def test_the_learner_sees_what_the_draft_sees(draft_window):
     steps = []
     step = coordinator.learner.step
     coordinator.learner.step = lambda *args: steps.append(step(*args)) or steps[-1]
-    assert coordinator.update(lesson, sequence, len(sequence), drafter, 1.0)
+    assert coordinator.update(lesson, sequence, len(sequence), 1.0)
     assert steps[0].gain == pytest.approx(0, abs=1e-6)
 
 

@@ -96,7 +96,7 @@ def test_ratios_are_of_times_measured_and_at_equal_prices():
     assert (row["draft_share"], row["verify_share"]) == (0.25, 0.5)
     assert found["arms"]["fixed 0"]["measured_over_ours"][0] == pytest.approx(0.625)
     # rounds of two drafted tokens took 10 or 12.5 ms: at equal prices the two arms are one
-    assert found["round_ms"] == pytest.approx({0: 20.0, 1: 8.0, 2: 11.25})
+    assert found["round_ms"] == pytest.approx({"0+0": 20.0, "1+0": 8.0, "2+0": 11.25})
     assert row["priced_over_best_fixed"] == pytest.approx((1.0, 1.0, 1.0))
     assert row["priced_over_oracle"][0] == pytest.approx(8 / 11.25)
 

@@ -1,12 +1,17 @@
 """Copying drafts: the right match, and the target's own text whatever was copied."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 from controllers import make_policy
+from controllers.fixed import Fixed
 from tests import tiny
+from tests.heads import PAIRS
+from tests.test_drafters import EAGER
 from tests.test_engine import PROMPT, decode, greedy, sampled
-from tests.test_laws import ALPHA, VOCAB, honest, p_value
+from tests.test_laws import ALPHA, VOCAB, honest, learning, p_value, small_pair
 from tts.distill.config import DistillConfig
 from tts.drafting.prompt_lookup import PromptLookup, PromptLookupDrafter
 from tts.engine import SpeculativeDecoder
@@ -33,9 +38,36 @@ def test_the_longest_match_wins_and_among_equals_the_most_recent():
     assert proposed([1, 2, 3]) == []
 
 
-def test_the_newest_token_does_not_match_itself_and_a_copy_may_end_early():
-    assert proposed([5, 5], gamma=4) == [5]
-    assert proposed([6, 7, 6], gamma=4) == [7, 6]
+def test_the_newest_token_does_not_match_itself_and_a_copy_may_be_copied():
+    assert proposed([5]) == []
+    assert proposed([5, 5]) == [5, 5, 5, 5]
+    assert proposed([6, 7, 6], gamma=5) == [7, 6, 7, 6, 7]
+
+
+def test_a_match_may_have_to_be_longer():
+    assert proposed([4, 3, 9, 5, 3], shortest=2) == []
+    assert proposed([4, 3, 9, 5, 4, 3], gamma=2, shortest=2) == [9, 5]
+    with pytest.raises(UserError, match="lookup: a match of 3 to 2 tokens"):
+        PromptLookup(shortest=3, longest=2)
+
+
+def test_drafts_are_forgotten_once_they_are_judged():
+    drafter = PromptLookupDrafter(PromptLookup())
+    for _ in range(2):
+        drafts = drafter.propose([1, 2, 3, 1, 2], 3, 0, None, lambda signals: True)
+        assert drafts.tokens == [3, 1, 2]
+    after = drafter.propose([1, 2, 3, 1, 2, 9, 3], 3, 0, None, lambda signals: True)
+    assert after.tokens == [1, 2, 9]  # had "3 1 2" stayed, "2" would be followed by 3
+
+
+def test_a_copy_says_how_often_its_like_held():
+    def confidence(sequence):
+        drafter = PromptLookupDrafter(PromptLookup())
+        return drafter.propose(sequence, 1, 0, None, lambda signals: True).signals[0].confidence
+
+    assert confidence([7, 8, 9, 7]) == pytest.approx(0.2)  # nothing was seen yet: 1 - 0.8
+    assert confidence([7, 8, 9, 8, 9, 8]) > 0.3  # 9 followed 8 again
+    assert confidence([7, 8, 9, 8, 5, 8]) < 0.2
 
 
 def test_a_window_forgets_old_matches():
@@ -85,3 +117,84 @@ def test_the_loader_knows_it_by_name(tmp_path):
     pair = load_pair(str(folder), "prompt_lookup", dtype="float32")
     result = decode(pair, 4, sampled(20), prompt=torch.tensor([[3, 5, 3, 5, 3]]))
     assert len(result.tokens) == 20
+
+
+LOOKUP = PromptLookup(shortest=2, longest=4)  # of 64 tokens, a short one matches often enough
+
+
+@pytest.fixture(params=["autoregressive", *PAIRS])
+def family(request):
+    return PAIRS.get(request.param, lambda **kwargs: tiny.pair("llama3.1", noise=0.1))
+
+
+def drafts_of_both(pair, **kwargs):
+    """Rounds that copied, that a model drafted, and that did both."""
+    decoder = SpeculativeDecoder(
+        pair, policy=Watched(4), acceptance="coupled", lookup=LOOKUP, **kwargs
+    )
+    decoder.generate(PROMPT, generation_config=sampled(200), seed=5)
+    return decoder.policy.kinds
+
+
+class Watched(Fixed):
+    """Notes which drafts of each round are copies."""
+
+    kinds: list
+
+    def observe(self, outcome):
+        kinds = tuple(s.hidden is None for s in outcome.signals)
+        self.kinds = [*getattr(self, "kinds", []), kinds]
+
+
+def test_a_model_drafts_where_nothing_matches_and_hands_over_where_something_does(family):
+    kinds = drafts_of_both(family())
+    assert any(k and all(k) for k in kinds)
+    assert any(k and not any(k) for k in kinds)
+    assert any(k and k[-1] and not k[0] for k in kinds)
+    assert not any(later < earlier for k in kinds for earlier, later in pairwise(k))
+
+
+def test_beside_a_model_the_text_is_the_targets_with_and_without_updates(family):
+    made = family()
+    for fields in ({}, {"repetition_penalty": 1.3}):
+        config = greedy(80, **fields)
+        expected = made.target.generate(PROMPT, generation_config=config, do_sample=False)
+        for gamma in (1, 4, 8):
+            result = decode(made, gamma, config, lookup=LOOKUP)
+            assert result.sequences.tolist() == expected.tolist()
+        learned = decode(made, 4, config, lookup=LOOKUP, distill=EAGER)
+        assert learned.sequences.tolist() == expected.tolist()
+        assert learned.summary().num_updates > 5
+    texts = [
+        decode(made, gamma, sampled(), seed=5, **kwargs).tokens
+        for gamma in (0, 4)
+        for kwargs in ({}, {"lookup": LOOKUP}, {"lookup": LOOKUP, "distill": EAGER})
+    ]
+    assert all(text == texts[0] for text in texts)
+
+
+def test_beside_a_model_overlap_is_known_once_and_does_not_depend_on_gamma(family):
+    curves = []
+    for gamma in (0, 1, 5):
+        result = decode(family(), gamma, sampled(100), seed=3, lookup=LOOKUP)
+        points = sorted(
+            (position, value)
+            for r in result.rounds
+            for position, value in zip(r.overlap_position, r.overlap, strict=True)
+        )
+        assert [position for position, _ in points] == list(range(100))
+        curves.append([value for _, value in points])
+    assert curves[1] == pytest.approx(curves[0], abs=1e-4)
+    if family not in PAIRS.values():  # those that say another thing at another offset
+        assert curves[2] == pytest.approx(curves[0], abs=1e-4)
+
+
+@pytest.mark.parametrize("decoder", [honest, learning])
+def test_beside_a_model_rejection_keeps_the_law(decoder):
+    def copying_too(pair):
+        made = decoder(pair)
+        made._lookup = PromptLookup(longest=2)
+        return made
+
+    pair = small_pair()
+    assert p_value(pair, 1500 if decoder is honest else 300, copying_too) > ALPHA

@@ -8,6 +8,7 @@ _PUBLIC = {
     "GenerationResult": "tts.engine",
     "ModelPair": "tts.models",
     "Session": "tts.engine",
+    "PromptLookup": "tts.drafting",
     "SpeculativeDecoder": "tts.engine",
     "UserError": "tts.errors",
     "DistillConfig": "tts.distill.config",

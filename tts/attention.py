@@ -11,6 +11,7 @@ Registered with transformers as the attention implementation ``"tts"``, so that 
 that lets its attention be chosen runs on it unchanged.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -77,15 +78,25 @@ def _few_rows(
     batch, heads, rows, head_dim = query.shape
     key_heads, context = key.shape[1], key.shape[2]
     shared = heads // key_heads  # query heads that share a key head
+    if rows == 1:  # heads are rows that see everything: no mask, and the fused kernel wins
+        together = query.reshape(batch, key_heads, shared, head_dim)
+        output = F.scaled_dot_product_attention(together, key, value, scale=scaling)
+        return output.view(batch, heads, rows, head_dim)
     grouped = (query * scaling).reshape(batch * key_heads, shared * rows, head_dim)
     # keys are the left operand because that is the one oneDNN streams without repacking
     scores = torch.bmm(key.flatten(0, 1), grouped.transpose(1, 2)).transpose(1, 2).contiguous()
-    if rows > 1 and not bidirectional:
+    if not bidirectional:
         block = scores.view(-1, shared, rows, context)[..., context - rows :]
-        future = torch.ones(rows, rows, dtype=torch.bool, device=query.device).triu(1)
-        block.masked_fill_(future, float("-inf"))
+        block.masked_fill_(_future(rows), float("-inf"))
     output = torch.bmm(scores.softmax(-1), value.flatten(0, 1))
     return output.view(batch, heads, rows, head_dim)
+
+
+@cache
+def _future(rows: int) -> torch.Tensor:
+    """What a row of a block may not see of it, bool `[rows, rows]`."""
+    with torch.inference_mode(False):  # learning reads it, too
+        return torch.ones(rows, rows, dtype=torch.bool).triu(1)
 
 
 def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:

@@ -32,6 +32,7 @@ IDLE_SHARE = 0.25  # of the allowed time, where no tokens are drafted
 class Lesson:
     """What is known about one sequence."""
 
+    drafter: TrainableDrafter  # that drafts for it with `Coordinator.live`
     evidence: Evidence
     learned: int = 0  # absolute position up to which evidence was used
 
@@ -75,13 +76,13 @@ class Coordinator:
         """Whether the live draft differs from the bare one."""
         return self.learner.taught
 
-    def lesson(self) -> Lesson:
+    def lesson(self, drafter: TrainableDrafter) -> Lesson:
         """A sequence begins; under scope ``sequence`` everything learned before is dropped."""
         if self.config.scope == "sequence" and self.learner.adapter.version:
             self.learner.reset()
             self.learner.adapter.write()
             self._forget()
-        return Lesson(Evidence(self.config.capacity))
+        return Lesson(drafter, Evidence(self.config.capacity))
 
     def observe(self, lesson: Lesson, rows: Rows, drafted: bool, round_ms: float) -> None:
         """Take in the on-path rows of a round and what the round cost."""
@@ -94,7 +95,6 @@ class Coordinator:
         lesson: Lesson,
         sequence: list[int],
         settled: int,
-        drafter: TrainableDrafter,
         temperature: float,
     ) -> UpdateRecord | None:
         """Judge and learn if it is time to; the draft must not change otherwise.
@@ -103,7 +103,6 @@ class Coordinator:
             lesson: of the sequence.
             sequence: all committed tokens.
             settled: positions before this one were drafted, and measured, with the draft as it is.
-            drafter: that drafts for the sequence with `live`.
             temperature: at which p and q are compared.
         """
         if lesson.evidence.since(lesson.learned) < self.config.stride * self._patience:
@@ -114,10 +113,10 @@ class Coordinator:
             return None
         began = time.perf_counter()
         rows = lesson.evidence.window(self.config.window, settled)
-        least = drafter.least_rows
+        least = lesson.drafter.least_rows
         if rows is None or len(rows) < least or rows.end <= lesson.learned:
             return None
-        record = self._step(lesson, sequence, rows, drafter, temperature)
+        record = self._step(lesson, sequence, rows, temperature)
         lesson.learned = rows.end
         record.update_ms = 1000 * (time.perf_counter() - began)
         self._spent_ms += record.update_ms
@@ -131,11 +130,9 @@ class Coordinator:
         lesson: Lesson,
         sequence: list[int],
         rows: Rows,
-        drafter: TrainableDrafter,
         temperature: float,
     ) -> UpdateRecord:
-        learner, config = self.learner, self.config
-
+        learner, config, drafter = self.learner, self.config, lesson.drafter
         least = drafter.least_rows
         newest = drafter.window(sequence, rows)
         # rows that an earlier step has seen say nothing about what it taught

@@ -24,7 +24,7 @@ from tts.cached_model import CachedModel, Rows
 from tts.custom_generate import check_handover, own_criteria
 from tts.distill.config import DistillConfig
 from tts.distill.evidence import Rows as Evidence
-from tts.drafting import Draft, make_drafter
+from tts.drafting import PromptLookup, PromptLookupDrafter, make_drafter
 from tts.drafting.protocol import Drafter, Proposal, TrainableDrafter
 from tts.errors import UserError
 from tts.metrics import Summary, summarise
@@ -103,6 +103,8 @@ class SpeculativeDecoder:
         distill: how the draft learns while it decodes (None: not at all, at no cost).
         acceptance: ``greedy`` (temperature 0), ``rejection`` or ``coupled``; see `tts.sampling`.
         draft_window: sliding window over the draft's context (None: all of it).
+        lookup: copy what followed the last time where the newest tokens match, and let the draft
+            do the rest (None: it does all).
 
     Raises:
         UserError: for an unknown rule, a window below 1, or a draft that cannot learn.
@@ -116,13 +118,14 @@ class SpeculativeDecoder:
         distill: DistillConfig | None = None,
         acceptance: str = "rejection",
         draft_window: int | None = None,
+        lookup: PromptLookup | None = None,
     ) -> None:
         if acceptance not in ACCEPTANCE:
             raise UserError(f"acceptance: {acceptance!r} is not one of {', '.join(ACCEPTANCE)}")
         if draft_window is not None and draft_window < 1:
             raise UserError(f"draft_window: {draft_window} sees nothing: use at least 1, or none")
         self.pair, self.policy, self.acceptance = pair, policy, acceptance
-        self._draft_window = draft_window
+        self._draft_window, self._lookup = draft_window, lookup
         self.coordinator = None if distill is None else _coordinator(pair, distill)
         text = pair.target.config.get_text_config()
         self._context: int = text.max_position_embeddings
@@ -130,11 +133,14 @@ class SpeculativeDecoder:
 
     def session(self) -> Session:
         """Empty caches for a sequence; hand it to `generate` again to extend the sequence."""
-        draft: Draft = self.pair.draft
+        draft = self.pair.draft if self.coordinator is None else self.coordinator.live
+        window, device = self._draft_window, self.pair.target.device
+        drafter = make_drafter(draft, self._vocab_size, window, device)
         lesson = None
-        if self.coordinator is not None:
-            draft, lesson = self.coordinator.live, self.coordinator.lesson()
-        drafter = make_drafter(draft, self._vocab_size, self._draft_window)
+        if self.coordinator is not None:  # else the drafter may be one that cannot learn
+            lesson = self.coordinator.lesson(cast(TrainableDrafter, drafter))
+        if self._lookup is not None and not isinstance(drafter, PromptLookupDrafter):
+            drafter = PromptLookupDrafter(self._lookup, window, drafter, device)
         return Session(CachedModel(self.pair.target, layers=drafter.layers), drafter, lesson)
 
     def generate(
@@ -240,7 +246,8 @@ class SpeculativeDecoder:
         """Draft, verify, accept, roll back."""
         clock = Stopwatch(self.pair.target.device)
         sequence, context = session.sequence, len(session.sequence)
-        state = RoundState(session.generated, context, run.end - context - 1)
+        at_hand = session.drafter.at_hand(sequence)
+        state = RoundState(session.generated, context, run.end - context - 1, at_hand)
         gamma = min(self.policy.plan(state), state.limit)
         adapted = self.coordinator is not None and self.coordinator.adapted
         policy_ms = clock.lap()
@@ -311,6 +318,7 @@ class SpeculativeDecoder:
             num_accepted=verdict.num_accepted,
             num_emitted=cut.kept,
             stop_reason=reason,
+            num_copied=sum(s.copied for s in proposal.signals),
             entropy=[s.entropy for s in proposal.signals],
             confidence=[s.confidence for s in proposal.signals],
             overlap=[value for _, value in overlaps],
@@ -350,7 +358,6 @@ class SpeculativeDecoder:
             session.lesson,
             session.sequence,
             len(session.sequence) - len(session.pending),
-            cast(TrainableDrafter, session.drafter),  # else there were no coordinator
             run.temperature,
         )
 

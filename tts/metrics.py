@@ -68,6 +68,7 @@ class Summary:
 
     num_spec_steps: int
     num_draft_tokens: int
+    num_copied_draft_tokens: int  # of those: made by no model
     num_accepted_draft_tokens: int
     num_emitted_tokens: int
     mean_acceptance_length: float | None  # bonus counted
@@ -100,6 +101,7 @@ def summarise(rounds: Iterable[RoundRecord]) -> Summary:
     return Summary(
         num_spec_steps=len(rounds),
         num_draft_tokens=sum(r.num_drafted for r in rounds),
+        num_copied_draft_tokens=sum(r.num_copied for r in rounds),
         num_accepted_draft_tokens=sum(r.num_accepted for r in rounds),
         num_emitted_tokens=emitted,
         mean_acceptance_length=mean_acceptance_length(rounds),

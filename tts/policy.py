@@ -13,6 +13,7 @@ class RoundState(NamedTuple):
     position: int  # generated tokens so far
     context_length: int  # tokens in the sequence, prompt included
     limit: int  # largest gamma that still fits the budget and the context
+    at_hand: float | None = None  # confidence of the copy that would come first (None: no copy)
 
 
 class Signals(NamedTuple):
@@ -26,6 +27,8 @@ class Signals(NamedTuple):
     # [hidden], the draft's state that the token was drawn from, after the token before it was fed;
     # None where no model drafts
     hidden: torch.Tensor | None = None
+    copied: bool = False  # no model has drafted it
+    following: float | None = None  # confidence of the copy that would come next (None: no copy)
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,10 +30,11 @@ class RoundRecord:
     position: int  # index of the round's first generated token
     context_length: int  # tokens before the round, prompt included
     gamma: int  # what the policy planned
-    num_drafted: int
+    num_drafted: int  # copies included
     num_accepted: int  # bonus excluded
     num_emitted: int  # bonus included
     stop_reason: str | None  # why the generation ended here, if it did
+    num_copied: int = 0  # of the drafts: those that no model made
     entropy: list[float] = field(default_factory=list)  # nats, one a drafted token
     confidence: list[float] = field(default_factory=list)  # one a drafted token
     # sum_x min(p, q) of committed positions whose second row came in this round: the on-path

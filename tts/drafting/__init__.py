@@ -2,6 +2,7 @@
 
 from typing import Any, TypeAlias
 
+import torch
 from transformers import PreTrainedModel
 
 from tts.cached_model import CachedModel
@@ -20,7 +21,12 @@ Draft: TypeAlias = (
 )  # what a pair holds; a drafter is made from it per sequence
 
 
-def make_drafter(draft: Draft, vocab_size: int, window: int | None = None) -> Drafter:
+def make_drafter(
+    draft: Draft,
+    vocab_size: int,
+    window: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Drafter:
     """A drafter with empty caches.
 
     Args:
@@ -29,7 +35,7 @@ def make_drafter(draft: Draft, vocab_size: int, window: int | None = None) -> Dr
         window: sliding window over the draft's context (None: the whole context).
     """
     if isinstance(draft, PromptLookup):
-        return PromptLookupDrafter(draft, window)
+        return PromptLookupDrafter(draft, window, device=device)
     return _family(draft)(draft, vocab_size, window)
 
 

@@ -70,6 +70,8 @@ class AutoregressiveDrafter(ChainDrafter):
 
     def window(self, sequence: list[int], rows: Evidence) -> Window:
         start, end = rows.first - 1, rows.end - 1
+        if self._cached.length < start:
+            self._feed(sequence[self._cached.length : start])
         cache = self._cached.cache
         return Window(rows, sequence[start:end], cache.keys_values(start), cache.window)
 
@@ -101,7 +103,7 @@ class AutoregressiveDrafter(ChainDrafter):
         if self._bare is None:
             self._bare = CachedModel(model, self._cached.cache.window)
         if clean and not self._bare.length:  # instead of reading the context once more
-            self._bare.adopt(self._cached, end)
+            self._bare.adopt(self._cached, min(end, self._cached.length))
         self._bare.rollback(min(self._bare.length, end))
         return self._bare
 

@@ -20,6 +20,9 @@ class ChainDrafter(ABC):
     def begin(self, warper: Callable[..., Warper]) -> None:
         self._warp = warper(self.columns)
 
+    def at_hand(self, sequence: list[int]) -> float | None:
+        return None
+
     def propose(
         self,
         sequence: list[int],

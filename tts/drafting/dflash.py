@@ -72,6 +72,7 @@ class DFlashDrafter(FeatureDrafter):
 
     def window(self, sequence: list[int], rows: Evidence) -> Window:
         first = rows.first - 1  # the position of the first anchor, whose features row 0 holds
+        self._read(first)
         prefix = self._cache.keys_values(first)
         return Window(rows, sequence[first : rows.end - 1], prefix, self._cache.window)
 

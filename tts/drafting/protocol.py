@@ -54,6 +54,10 @@ class Drafter(Protocol):
         """Take in everything but the newest token of a prompt, and the features of what is new."""
         ...
 
+    def at_hand(self, sequence: list[int]) -> float | None:
+        """Confidence of the copy that `propose` would begin with (None: a model would draft)."""
+        ...
+
     def propose(
         self,
         sequence: list[int],
@@ -101,7 +105,10 @@ class TrainableDrafter(Drafter, Protocol):
         ...
 
     def window(self, sequence: list[int], rows: Rows) -> Window:
-        """The drafter's inputs at ``rows``, and copies of its keys and values before them."""
+        """The drafter's inputs at ``rows``, and copies of its keys and values before them.
+
+        What it has not read of those yet, it reads.
+        """
         ...
 
     @staticmethod
