@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from controllers import HEADS, PUBLISHED, make_policy
 from experiments.options import SpeculationOptions
+from tts.drafting import PromptLookup
 from tts.engine import SpeculativeDecoder
 from tts.errors import UserError
 from tts.fingerprint import model_fingerprint
@@ -17,6 +18,7 @@ class Arm(NamedTuple):
     policy: str = ""  # that chooses the length instead of the one asked for
     draft: bool = False  # the draft learns
     window: bool = False  # the draft sees only its newest context
+    lookup: bool = False  # what comes back is copied, the draft does the rest
     gamma: int | None = None  # instead of the one asked for
 
 
@@ -28,6 +30,8 @@ ARMS = {
     "draft_window": Arm(draft=True, window=True),
     "gamma": Arm(policy="mlp"),
     "both": Arm(policy="mlp", draft=True),
+    "lookup": Arm(policy="mlp", lookup=True),
+    "lookup_both": Arm(policy="mlp", lookup=True, draft=True),
     **{name: Arm(policy=name) for name in (*PUBLISHED, "oracle")},
 }
 
@@ -41,7 +45,7 @@ def build(name: str, pair: ModelPair, options: SpeculationOptions) -> Speculativ
         distill=options.distill if arm.draft and options.draft_updates else None,
         acceptance=options.acceptance,
         draft_window=options.window if arm.window else None,
-        lookup=options.prompt_lookup,
+        lookup=PromptLookup(shortest=options.lookup) if arm.lookup else None,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from experiments.arms import build
+from experiments.arms import ARMS, build
 from experiments.curves import Curve, acceptance_curve, interval, overlap_curve
 from experiments.options import ModelOptions, SpeculationOptions, TextOptions
 from experiments.report import number, thirds
@@ -23,7 +23,8 @@ from tts.models import PROMPT_LOOKUP, shipped_drafts
 from tts.records import RoundRecord
 
 ALL = "all"
-MODES = {"static": "static", "window": "window", "online": "draft"}  # arm of `tts run` by mode
+# arm of `tts run` by mode
+MODES = {"static": "static", "window": "window", "online": "draft", "lookup": "lookup"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Drafters(ModelOptions, TextOptions, SpeculationOptions):
         drafters: names of shipped drafts, folders, hub ids or prompt_lookup; all is every shipped
             one and prompt_lookup.
         path: a file of `tts record`; every arm commits its tokens.
-        modes: of static, window, online.
+        modes: of static, window, online, and lookup (with the gamma MLP alone).
         policies: of fixed (at gamma) and mlp.
         segment_tokens: after so many the next arm has its turn.
         results: folder for all results.
@@ -107,8 +108,10 @@ def _arms(name: str, config: Drafters) -> dict[str, SpeculativeDecoder]:
     made = {}
     for policy in config.policies:
         for mode in config.modes:
-            if mode == "online" and name == PROMPT_LOOKUP:
-                continue  # nothing to train
+            if name == PROMPT_LOOKUP and mode in ("online", "lookup"):
+                continue  # nothing to train, and it copies anyway
+            if ARMS[MODES[mode]].policy not in ("", policy):
+                continue
             options = replace(config, policy=policy)
             made[f"{name}, {mode}, {policy}"] = build(MODES[mode], pair, options)
     return made

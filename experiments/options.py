@@ -104,7 +104,7 @@ class SpeculationOptions:
         policy: who chooses gamma (`controllers.POLICIES`).
         gamma: speculation length of the fixed policy.
         cap: largest gamma of any other policy (None: its authors' own).
-        lookup: copy after so many matching tokens; the draft does the rest (0: it does all).
+        lookup: tokens that have to match to be copied after, of the arms ``lookup...``.
         window: sliding window over the draft's context, of the arms ``window``, ``draft_window``.
         distill: how the draft learns in the arms that let it.
         draft_updates: False: no arm's draft learns.
@@ -116,7 +116,7 @@ class SpeculationOptions:
     policy: str = "fixed"
     gamma: int = 4
     cap: int | None = None
-    lookup: int = 0
+    lookup: int = 1
     window: int = 256
     distill: DistillConfig = field(default_factory=DistillConfig)
     draft_updates: bool = True
@@ -129,18 +129,9 @@ class SpeculationOptions:
                 f"acceptance: {self.acceptance!r} is not one of {', '.join(ACCEPTANCE)}"
             )
         make_policy(self.policy, gamma=self.gamma, cap=self.cap, weights=self.weights_folder)
-        if not 0 <= self.lookup <= PromptLookup().longest:
-            raise UserError(
-                f"lookup: {self.lookup} is not between 0 (copy nothing) and "
-                f"{PromptLookup().longest} matching tokens"
-            )
+        PromptLookup(shortest=self.lookup)  # refuses what is no length
         if self.window < 1:
             raise UserError(f"window: {self.window} sees nothing: use at least 1")
-
-    @property
-    def prompt_lookup(self) -> PromptLookup | None:
-        """What is copied beside the draft."""
-        return PromptLookup(shortest=self.lookup) if self.lookup else None
 
     @property
     def weights_folder(self) -> Path:

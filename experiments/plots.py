@@ -19,6 +19,7 @@ COLOURS = {
     "draft_window": "#E69F00",
     "gamma": "#009E73",
     "both": "#CC79A7",
+    "lookup": "#999999",
 }
 LABELS = {
     "overlap": "overlap  $\\sum_x \\min(p, q)$",

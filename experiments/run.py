@@ -33,15 +33,15 @@ class Run(ModelOptions, TextOptions, SpeculationOptions):
     The first arm writes the text, unless a path is given; all others commit the same tokens.
 
     Args:
-        arms: of target (gamma 0), static, window, draft, draft_window, gamma, both, and the
-            published policies by their names: svip, confidence, ...
+        arms: of target (gamma 0), static, window, draft, draft_window, gamma, both, lookup,
+            lookup_both, and the published policies by their names: svip, confidence, ...
         path: a file of `tts record`; every arm commits its tokens.
         results: folder for all results.
         run_id: a new one if empty.
         wandb: disabled, offline or online.
     """
 
-    arms: tuple[str, ...] = ("static", "window", "draft", "gamma", "both")
+    arms: tuple[str, ...] = ("target", "static", "window", "draft", "gamma", "both", "lookup")
     path: str = ""
     results: str = "results"
     run_id: str = ""

@@ -134,6 +134,7 @@ def test_a_recorded_path_is_what_later_runs_commit(tts, tmp_path):
         (["--arms=[static,static]"], "names one twice"),
         (["--arms=[other]"], "arms: 'other'"),
         (["--window=0"], "window: 0"),
+        (["--lookup=0"], "lookup: a match of 0 to 8 tokens is none"),
         (["--wandb=perhaps"], "wandb: 'perhaps'"),
         (["--draft=prompt_lookup"], "arms: draft needs a draft that learns"),
         (["--draft=prompt_lookup", "--arms=[specdecpp]"], "specdecpp reads the draft's states"),
@@ -221,7 +222,7 @@ def test_profile_prints_costs_beside_the_floor(tts):
 
 def test_the_four_arms_share_one_text_and_show_their_updates(tts, tmp_path):
     code, out, _ = tts(
-        "run", "--arms=[static,draft,gamma,both]", "--run-id=four", "--distill.stride=4",
+        "run", "--arms=[static,draft,gamma,both,lookup_both]", "--run-id=four", "--distill.stride=4",
         "--distill.max-update-share=1", "--distill.window=4", "--distill.rank=2",
     )  # fmt: skip
     assert code == 0
@@ -230,7 +231,7 @@ def test_the_four_arms_share_one_text_and_show_their_updates(tts, tmp_path):
     assert last["arms"]["static"]["num_updates"] == last["arms"]["gamma"]["num_updates"] == 0
     assert {arm["path_mismatches"] for arm in last["arms"].values()} == {0}
     assert set(last["ahead_of_static_from"]) == {
-        f"{text}/{arm}" for text in "ab" for arm in ("draft", "gamma", "both")
+        f"{text}/{arm}" for text in "ab" for arm in ("draft", "gamma", "both", "lookup_both")
     }
     rows = (tmp_path / "results" / "run" / "four" / "metrics.jsonl").read_text().splitlines()
     updates = [row for row in map(json.loads, rows) if row["update"]]

@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 MAX_SHORT_ROWS = 32  # beyond this the scores no longer fit the caches and the fused kernel wins
+SHORT = 1024  # a single row over fewer keys spends its time between operations: one is best
 
 
 def attention(
@@ -78,14 +79,14 @@ def _few_rows(
     batch, heads, rows, head_dim = query.shape
     key_heads, context = key.shape[1], key.shape[2]
     shared = heads // key_heads  # query heads that share a key head
-    if rows == 1:  # heads are rows that see everything: no mask, and the fused kernel wins
+    if rows == 1 and context <= SHORT:  # heads are rows that see everything: no mask
         together = query.reshape(batch, key_heads, shared, head_dim)
         output = F.scaled_dot_product_attention(together, key, value, scale=scaling)
         return output.view(batch, heads, rows, head_dim)
     grouped = (query * scaling).reshape(batch * key_heads, shared * rows, head_dim)
     # keys are the left operand because that is the one oneDNN streams without repacking
     scores = torch.bmm(key.flatten(0, 1), grouped.transpose(1, 2)).transpose(1, 2).contiguous()
-    if not bidirectional:
+    if rows > 1 and not bidirectional:
         block = scores.view(-1, shared, rows, context)[..., context - rows :]
         block.masked_fill_(_future(rows), float("-inf"))
     output = torch.bmm(scores.softmax(-1), value.flatten(0, 1))
