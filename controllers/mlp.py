@@ -40,7 +40,8 @@ FAST, SLOW = 1 / 8, 1 / 64  # per label, for the two averages of recent acceptan
 RATE, OPTION = 1 / 32, 1 / 64  # per round, for realised tokens per ms and gain of drafting
 LOOK = 1 / 32  # chance to draft one token more than pays
 PROBE, RARE_PROBE, PATIENCE = 36, 160, 14  # rounds between probes; doubled after 14 in vain
-PROBE_SHARE = 0.02  # of the time, where nothing else is drafted
+SLOWEST = 4.0  # rounds of gamma 0 that a round of a probe counts as at most
+PROBE_SHARE = 0.01  # of the time, where nothing else is drafted
 REPLAY, BATCH, STEPS = 128, 24, 2
 STEP_SIZE, FIT_SIZE = 0.003, 0.01  # of Adam, while decoding and offline
 
@@ -164,6 +165,7 @@ class Mlp:
         self._steps = self._seen = 0  # optimiser steps, rows ever put into the replay
         self._tokens = self._ms = 0.0  # recent rounds, decayed
         self._confirmed = 0.0  # probes that confirmed gamma = 0
+        self._probe_ms = 0.0  # that a round of a probe has lately taken longer than one of gamma 0
         self._wait = self._interval()
         self._probing = self._again = False  # this round is a probe; the next one shall be, too
         self._behind = False  # the draft has not read the newest tokens
@@ -248,6 +250,9 @@ class Mlp:
         copied = sum(s.copied for s in outcome.signals)
         # after rounds without drafts the draft first reads what it missed: not what a draft costs
         behind, self._behind = self._behind and drafted > copied, drafted == 0
+        if self._probing:
+            alone, taken = self.cost.round_ms(0), outcome.draft_ms + outcome.verify_ms
+            self._probe_ms += (min(taken, SLOWEST * alone) - alone - self._probe_ms) / 4
         if not behind:
             self.cost.observe(drafted, outcome.draft_ms, outcome.verify_ms, copied)
         # modelled time, so that an outlier moves neither this rate nor its comparison with others
@@ -282,9 +287,7 @@ class Mlp:
     def _interval(self) -> float:
         """Rounds at gamma = 0 until the next probe, random: no period of the text shall hide."""
         rounds = min(PROBE * (1 + self._confirmed / PATIENCE), RARE_PROBE)
-        alone = self.cost.round_ms(0)
-        # a probe takes two rounds: the draft first reads what it missed
-        affordable = 2 * (self.cost.round_ms(1) - alone) / (PROBE_SHARE * alone)
+        affordable = 2 * self._probe_ms / (PROBE_SHARE * self.cost.round_ms(0))  # it is two rounds
         return max(rounds, affordable) * self._rng.uniform(0.5, 1.5)
 
     def _judge(self, labels: list[float], extra_ms: float, behind: bool) -> None:
@@ -355,6 +358,6 @@ class Mlp:
 
 NUMBERS = {
     "steps": int, "seen": int, "tokens": float, "ms": float, "confirmed": float, "wait": float,
-    "probing": bool, "again": bool, "behind": bool, "survival": float, "expected": float,
-    "option": float,
+    "probe_ms": float, "probing": bool, "again": bool, "behind": bool, "survival": float,
+    "expected": float, "option": float,
 }  # fmt: skip

@@ -25,6 +25,7 @@ from experiments.results import Results
 from experiments.workload import PathFile
 from tts.chat import ChatFormat
 from tts.distill.config import DistillConfig
+from tts.drafting import PromptLookup
 from tts.engine import SpeculativeDecoder
 from tts.errors import UserError
 from tts.models import ModelPair
@@ -148,10 +149,10 @@ def _arms(config: Bench, pair: ModelPair) -> dict[str, Arm]:
     if config.learners:
         # a segment is short: what they learn is carried from one to the next
         distill = replace(config.distill, scope="session")
-        arms["ours, gamma MLP"] = _ours(pair, make_policy("mlp", compression=pair.compression))
-        arms["ours, gamma MLP and draft learn"] = _ours(
-            pair, make_policy("mlp", compression=pair.compression), distill
-        )
+        for name, lookup in (("", None), (", lookup", PromptLookup())):
+            for learns, how in (("", None), (" and draft learn", distill)):
+                policy = make_policy("mlp", compression=pair.compression)
+                arms[f"ours, gamma MLP{learns}{name}"] = _ours(pair, policy, how, lookup)
         if config.learning_gamma:
             arms[f"ours, gamma {config.learning_gamma}, draft learns"] = _ours(
                 pair, make_policy("fixed", gamma=config.learning_gamma), distill
@@ -177,8 +178,13 @@ def _arms(config: Bench, pair: ModelPair) -> dict[str, Arm]:
     return arms
 
 
-def _ours(pair: ModelPair, policy: LengthPolicy, distill: DistillConfig | None = None) -> Arm:
-    decoder = SpeculativeDecoder(pair, policy=policy, distill=distill)
+def _ours(
+    pair: ModelPair,
+    policy: LengthPolicy,
+    distill: DistillConfig | None = None,
+    lookup: PromptLookup | None = None,
+) -> Arm:
+    decoder = SpeculativeDecoder(pair, policy=policy, distill=distill, lookup=lookup)
 
     def arm(prompt: torch.Tensor, config: GenerationConfig, seed: int, clock: Clock) -> None:
         decoder.generate(prompt, generation_config=config, seed=seed, streamer=clock)

@@ -205,6 +205,7 @@ def test_bench_times_ours_and_transformers_own(tts, tmp_path):
     medians = json.loads(out.splitlines()[-1])["tok_s_median"]
     assert set(medians) == {
         "ours, gamma 0", "ours, gamma 2", "ours, gamma MLP", "ours, gamma MLP and draft learn",
+        "ours, gamma MLP, lookup", "ours, gamma MLP and draft learn, lookup",
         "ours, gamma 2, draft learns", "transformers, plain", "transformers, plain, our kernels",
         "transformers, assisted, default", "transformers, assisted, constant 2",
         "transformers, assisted, heuristic", "transformers, prompt lookup",
@@ -222,8 +223,9 @@ def test_profile_prints_costs_beside_the_floor(tts):
 
 def test_the_four_arms_share_one_text_and_show_their_updates(tts, tmp_path):
     code, out, _ = tts(
-        "run", "--arms=[static,draft,gamma,both,lookup_both]", "--run-id=four", "--distill.stride=4",
-        "--distill.max-update-share=1", "--distill.window=4", "--distill.rank=2",
+        "run", "--arms=[static,draft,gamma,both,lookup_both]", "--run-id=four",
+        "--distill.stride=4", "--distill.max-update-share=1", "--distill.window=4",
+        "--distill.rank=2",
     )  # fmt: skip
     assert code == 0
     last = json.loads(out.strip().splitlines()[-1])
@@ -235,7 +237,7 @@ def test_the_four_arms_share_one_text_and_show_their_updates(tts, tmp_path):
     }
     rows = (tmp_path / "results" / "run" / "four" / "metrics.jsonl").read_text().splitlines()
     updates = [row for row in map(json.loads, rows) if row["update"]]
-    assert {row["arm"] for row in updates} <= {"draft", "both"}
+    assert {row["arm"] for row in updates} <= {"draft", "both", "lookup_both"}
     code, out, _ = tts("run", "--arms=[draft,both]", "--run-id=off", "--no-draft-updates")
     assert code == 0
     arms = json.loads(out.strip().splitlines()[-1])["arms"]
