@@ -41,6 +41,7 @@ RATE, OPTION = 1 / 32, 1 / 64  # per round, for realised tokens per ms and gain 
 LOOK = 1 / 32  # chance to draft one token more than pays
 PROBE, RARE_PROBE, PATIENCE = 36, 160, 14  # rounds between probes; doubled after 14 in vain
 SLOWEST = 4.0  # rounds of gamma 0 that a round of a probe counts as at most
+REST = 4  # of so many rounds at gamma 0 one is timed: what passes wait for slows them fivefold
 PROBE_SHARE = 0.01  # of the time, where nothing else is drafted
 REPLAY, BATCH, STEPS = 128, 24, 2
 STEP_SIZE, FIT_SIZE = 0.003, 0.01  # of Adam, while decoding and offline
@@ -169,6 +170,10 @@ class Mlp:
         self._wait = self._interval()
         self._probing = self._again = False  # this round is a probe; the next one shall be, too
         self._behind = False  # the draft has not read the newest tokens
+        self._resting, self._rested = (
+            False,
+            0,
+        )  # it chose 0 and learned nothing since; rounds of that
         self._survival = 1.0  # that all tokens drafted in this round are accepted
         self._expected = 0.0  # gain in tokens over not drafting, at a constant hazard
         self._option = 0.0  # what was gained beyond that: a draft can stop when it turns out hard
@@ -223,10 +228,12 @@ class Mlp:
             return 0
         if state.at_hand is not None:
             return limit if self._gain(state.at_hand, limit, copied=True) > 0 else 0
-        _, following = self._predict(state, None)
-        self._expected = self._gain(following, limit)
-        if self._expected + max(self._option, 0.0) > 0:
-            return limit
+        if not self._resting:
+            _, following = self._predict(state, None)
+            self._expected = self._gain(following, limit)
+            if self._expected + max(self._option, 0.0) > 0:
+                return limit
+            self._resting = True
         self._wait -= 1
         self._probing = self._again or self._wait <= 0
         if self._probing:
@@ -247,6 +254,11 @@ class Mlp:
 
     def observe(self, outcome: RoundOutcome) -> None:
         drafted = outcome.num_drafted
+        if drafted == 0 and self._resting:
+            self._behind, self._rested = True, self._rested + 1
+            if self._rested % REST:
+                return
+        self._resting = False
         copied = sum(s.copied for s in outcome.signals)
         # after rounds without drafts the draft first reads what it missed: not what a draft costs
         behind, self._behind = self._behind and drafted > copied, drafted == 0
@@ -271,7 +283,8 @@ class Mlp:
 
     def reset(self) -> None:
         self._history.reset()
-        self._survival, self._probing, self._again, self._behind = 1.0, False, False, False
+        self._survival, self._resting = 1.0, False
+        self._probing, self._again, self._behind = False, False, False
 
     @property
     def rate(self) -> float:
@@ -359,5 +372,5 @@ class Mlp:
 NUMBERS = {
     "steps": int, "seen": int, "tokens": float, "ms": float, "confirmed": float, "wait": float,
     "probe_ms": float, "probing": bool, "again": bool, "behind": bool, "survival": float,
-    "expected": float, "option": float,
+    "expected": float, "option": float, "resting": bool, "rested": int,
 }  # fmt: skip

@@ -41,7 +41,7 @@ class Run(ModelOptions, TextOptions, SpeculationOptions):
         wandb: disabled, offline or online.
     """
 
-    arms: tuple[str, ...] = ("target", "static", "window", "draft", "gamma", "both", "lookup")
+    arms: tuple[str, ...] = ("target", "static", "draft", "gamma", "both", "lookup")
     path: str = ""
     results: str = "results"
     run_id: str = ""
