@@ -5,7 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests import test_dflash, test_drafters, test_eagle3, test_engine, test_learning
+from tests import (
+    test_dflash,
+    test_drafters,
+    test_eagle3,
+    test_engine,
+    test_learning,
+    test_prompt_lookup,
+    tiny,
+)
 from tests.heads import PAIRS
 from tts.cache import RollbackCache, RollbackLayer
 from tts.cached_model import CachedModel
@@ -17,6 +25,7 @@ from tts.drafting.autoregressive import AutoregressiveDrafter
 from tts.drafting.dflash import DFlashDrafter
 from tts.drafting.eagle3_model import Eagle3
 from tts.drafting.features import FeatureDrafter
+from tts.drafting.prompt_lookup import PromptLookupDrafter
 from tts.sampling import Coupled, Warper
 from tts.stopping import Cut, Stopping
 
@@ -165,6 +174,15 @@ def a_mask_sees_the_masks_of_other_roots(patch):
     )  # fmt: skip
 
 
+def the_model_is_credited_with_copies(patch):
+    patch.setattr(PromptLookupDrafter, "_over", lambda self, rows, pending: rows)
+
+
+def drafts_stay_known_after_they_were_judged(patch):
+    honest = PromptLookupDrafter._know
+    patch.setattr(PromptLookupDrafter, "_know", lambda self, *args: honest(self, *args)[:0])
+
+
 def without_architecture(check, **kwargs):
     return lambda architecture: check(**kwargs)
 
@@ -199,6 +217,11 @@ LIST = [
      without_architecture(test_dflash.test_a_block_is_what_the_formulas_say), ""),
     (a_block_of_masks_stays_in_the_cache,
      without_architecture(test_dflash.test_a_block_is_what_the_formulas_say), ""),
+    (the_model_is_credited_with_copies,
+     without_architecture(
+         test_prompt_lookup.check_overlap_beside_a_model, family=tiny.pair, gammas=(0, 1)), ""),
+    (drafts_stay_known_after_they_were_judged,
+     without_architecture(test_prompt_lookup.test_drafts_are_forgotten_once_they_are_judged), ""),
     *((mutation, without_architecture(
         test_drafters.check_replay, family=PAIRS[name]), "")
       for mutation, name in ((a_chain_forgets_its_own_steps, "eagle3"),
