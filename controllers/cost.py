@@ -33,14 +33,15 @@ class CostModel:
     def __init__(self) -> None:
         self._mean = list(PRIOR_MS)
         self._covariance = [
-            [sd * sd if i == j else 0.0 for j in range(5)] for i, sd in enumerate(PRIOR_SD_MS)
+            [sd * sd if i == j else 0.0 for j in range(len(PRIOR_MS))]
+            for i, sd in enumerate(PRIOR_SD_MS)
         ]
         self._count = 0
 
     def observe(self, drafted: int, draft_ms: float, verify_ms: float, copied: int = 0) -> None:
         """Learn from a round of ``drafted`` tokens, ``copied`` of them by no model."""
         made = drafted - copied  # by a model
-        x = (1.0, float(made > 0), float(made), float(copied > 0 == made), float(copied))
+        x = (1.0, float(made > 0), float(made), float(made == 0 < copied), float(copied))
         predicted, measured = self.round_ms(drafted, copied), draft_ms + verify_ms
         scale, noise = min(predicted, measured), FIRST_NOISE * measured
         if self._count >= WARM:

@@ -170,10 +170,8 @@ class Mlp:
         self._wait = self._interval()
         self._probing = self._again = False  # this round is a probe; the next one shall be, too
         self._behind = False  # the draft has not read the newest tokens
-        self._resting, self._rested = (
-            False,
-            0,
-        )  # it chose 0 and learned nothing since; rounds of that
+        self._resting = False  # it chose gamma 0 and has learned nothing since
+        self._rested = 0  # rounds of that
         self._survival = 1.0  # that all tokens drafted in this round are accepted
         self._expected = 0.0  # gain in tokens over not drafting, at a constant hazard
         self._option = 0.0  # what was gained beyond that: a draft can stop when it turns out hard

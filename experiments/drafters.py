@@ -63,6 +63,8 @@ class Drafters(ModelOptions, TextOptions, SpeculationOptions):
                 raise UserError(f"policies: {policy!r} is not one of fixed, mlp")
         if not self.drafters or not self.modes or not self.policies:
             raise UserError("drafters, modes, policies: name at least one of each")
+        if set(self.modes) == {"lookup"} and "mlp" not in self.policies:
+            raise UserError("policies: the mode lookup is for the gamma MLP alone: name mlp")
 
 
 def drafters(config: Drafters) -> dict[str, Any]:
@@ -111,7 +113,7 @@ def _arms(name: str, config: Drafters) -> dict[str, SpeculativeDecoder]:
             if name == PROMPT_LOOKUP and mode in ("online", "lookup"):
                 continue  # nothing to train, and it copies anyway
             if ARMS[MODES[mode]].policy not in ("", policy):
-                continue
+                continue  # copies are for the MLP, which knows what they cost
             options = replace(config, policy=policy)
             made[f"{name}, {mode}, {policy}"] = build(MODES[mode], pair, options)
     return made

@@ -62,3 +62,8 @@ def test_a_path_ends_where_it_begins_to_repeat_itself():
 def test_bad_options_are_refused(arguments, says, capsys):
     assert main(["drafters", *arguments]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_copies_are_for_the_mlp(capsys):
+    assert main(["drafters", "--path", "x", "--modes", "[lookup]", "--policies", "[fixed]"]) != 0
+    assert "the mode lookup is for the gamma MLP alone" in capsys.readouterr().err

@@ -218,8 +218,8 @@ LIST = [
     (a_block_of_masks_stays_in_the_cache,
      without_architecture(test_dflash.test_a_block_is_what_the_formulas_say), ""),
     (the_model_is_credited_with_copies,
-     without_architecture(
-         test_prompt_lookup.check_overlap_beside_a_model, family=tiny.pair, gammas=(0, 1)), ""),
+     lambda architecture: test_engine.check_one_overlap_curve(
+         tiny.pair(architecture), (0, 1), 100, lookup=test_prompt_lookup.LOOKUP), "llama3.1"),
     (drafts_stay_known_after_they_were_judged,
      without_architecture(test_prompt_lookup.test_drafts_are_forgotten_once_they_are_judged), ""),
     *((mutation, without_architecture(

@@ -33,6 +33,7 @@ def make_drafter(
         draft: the model, or the rule, that drafts.
         vocab_size: ids of the target.
         window: sliding window over the draft's context (None: the whole context).
+        device: of the target, where copies go; a model is where it is.
     """
     if isinstance(draft, PromptLookup):
         return PromptLookupDrafter(draft, window, device=device)

@@ -71,8 +71,8 @@ class Eagle3Drafter(FeatureDrafter):
         return (len(model.layers) - 1,)
 
     def window(self, sequence: list[int], rows: Evidence) -> Window:
-        # the features at row r belong to pair first - 1 + r, which predicts what row r + 1 does
         self._read(sequence[: rows.first], 0)
+        # the features at row r belong to pair first - 1 + r, which predicts what row r + 1 does
         prefix = self._cache.keys_values(rows.first - 1)
         return Window(rows, sequence[rows.first : rows.end - 1], prefix, self._cache.window)
 

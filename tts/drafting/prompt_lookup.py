@@ -134,7 +134,10 @@ class PromptLookupDrafter:
             if len(tokens) < gamma:
                 go_on(said[-1])
         for latest, key, start in reversed(overwritten):
-            latest.pop(key) if start is None else latest.update({key: start})
+            if start is None:
+                del latest[key]
+            else:
+                latest[key] = start
         return Proposal(tokens, join(parts) if parts else None, said, late)
 
     def catch_up(self, sequence: list[int], pending: int) -> Distribution:
