@@ -7,7 +7,7 @@ from torch import nn
 from transformers import LlamaModel
 
 from tests import tiny
-from tts.attention import MAX_SHORT_ROWS, attention
+from tts.attention import MAX_SHORT_ROWS, SHORT, STEP, attention
 from tts.cached_model import CachedModel
 from tts.llama import straighten
 from tts.packing import PackedLinear, can_pack, pack
@@ -31,6 +31,26 @@ def test_attention_equals_a_masked_softmax(rows, context, heads, batch):
     probs = scores.masked_fill(future, float("-inf")).softmax(-1)
     expected = (probs @ value.repeat_interleave(shared, 1)).transpose(1, 2)
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("context", [SHORT + 1, SHORT + STEP - 1, SHORT + STEP])
+def test_attention_does_not_see_what_its_buffer_holds_behind_the_context(
+    bidirectional, rows, context
+):
+    torch.manual_seed(0)
+    query = torch.randn(2, 6, rows, 16)
+    keys, values = torch.randn(2, 2, 2, SHORT + STEP + 1, 16)
+    seen = [x[:, :, :context] for x in (keys, values)]
+    before, _ = attention(nn.Identity(), query, *seen, None, bidirectional=bidirectional)
+    for x in (keys, values):
+        x[:, :, context:] = 1000.0
+    after, _ = attention(nn.Identity(), query, *seen, None, bidirectional=bidirectional)
+    alone = [x.clone() for x in seen]
+    expected, _ = attention(nn.Identity(), query, *alone, None, bidirectional=bidirectional)
+    assert torch.equal(after, before)
+    torch.testing.assert_close(after, expected)
 
 
 def test_attention_honours_a_given_mask_and_refuses_softcap():

@@ -4,8 +4,10 @@ Stock scaled-dot-product attention repeats every key and value head for the quer
 it (or runs one thread per head), and builds a mask of rows x context: at 6,000 keys it reads the
 cache at a tenth of the memory bandwidth. Here the query heads that share a key head become rows of
 one batched matrix product, so each key and value is read once, where it lies; the causal mask
-touches only the last columns. Longer blocks (prefill, training) and other devices use PyTorch's
-own kernels.
+touches only the last columns. oneDNN compiles a product for every shape that it has not met, which
+costs a growing context milliseconds in every pass: up to a multiple of `STEP` positions are read,
+and those behind the context masked. Longer blocks (prefill, training) and other devices use
+PyTorch's own kernels.
 
 Registered with transformers as the attention implementation ``"tts"``, so that any architecture
 that lets its attention be chosen runs on it unchanged.
@@ -20,7 +22,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 MAX_SHORT_ROWS = 32  # beyond this the scores no longer fit the caches and the fused kernel wins
-SHORT = 1024  # a single row over fewer keys spends its time between operations: one is best
+STEP = 64  # positions: products are compiled for multiples of it
+SHORT = 3072  # a single row over fewer keys spends its time between operations: one is best
 
 
 def attention(
@@ -83,21 +86,37 @@ def _few_rows(
         together = query.reshape(batch, key_heads, shared, head_dim)
         output = F.scaled_dot_product_attention(together, key, value, scale=scaling)
         return output.view(batch, heads, rows, head_dim)
+    longer = -(-context // STEP) * STEP
+    if _has_room(key, longer) and _has_room(value, longer):
+        key, value = _lengthened(key, longer), _lengthened(value, longer)
     grouped = (query * scaling).reshape(batch * key_heads, shared * rows, head_dim)
     # keys are the left operand because that is the one oneDNN streams without repacking
     scores = torch.bmm(key.flatten(0, 1), grouped.transpose(1, 2)).transpose(1, 2).contiguous()
-    if rows > 1 and not bidirectional:
-        block = scores.view(-1, shared, rows, context)[..., context - rows :]
-        block.masked_fill_(_future(rows), float("-inf"))
+    first = context if bidirectional else context - rows + 1  # that some row must not see
+    if first < scores.shape[-1]:
+        hidden = scores.view(-1, shared, rows, scores.shape[-1])[..., first:]
+        hidden.masked_fill_(_hidden(rows, hidden.shape[-1], bidirectional), float("-inf"))
     output = torch.bmm(scores.softmax(-1), value.flatten(0, 1))
     return output.view(batch, heads, rows, head_dim)
 
 
+def _has_room(x: torch.Tensor, context: int) -> bool:
+    """Whether ``x`` `[batch, heads, shorter, head_dim]` is a view of a buffer that goes on."""
+    last = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    last += (context - x.shape[2]) * x.stride(2) + x.storage_offset()
+    return last < x.untyped_storage().nbytes() // x.element_size()
+
+
+def _lengthened(x: torch.Tensor, context: int) -> torch.Tensor:
+    return x.as_strided((*x.shape[:2], context, x.shape[3]), x.stride())
+
+
 @cache
-def _future(rows: int) -> torch.Tensor:
-    """What a row of a block may not see of it, bool `[rows, rows]`."""
+def _hidden(rows: int, width: int, bidirectional: bool) -> torch.Tensor:
+    """Which of the last ``width`` columns a row must not see, bool `[rows, width]`."""
     with torch.inference_mode(False):  # learning reads it, too
-        return torch.ones(rows, rows, dtype=torch.bool).triu(1)
+        every = torch.ones(rows, width, dtype=torch.bool)
+        return every if bidirectional else every.triu()
 
 
 def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
