@@ -102,9 +102,11 @@ def _few_rows(
 
 def _has_room(x: torch.Tensor, context: int) -> bool:
     """Whether ``x`` `[batch, heads, shorter, head_dim]` is a view of a buffer that goes on."""
-    last = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
-    last += (context - x.shape[2]) * x.stride(2) + x.storage_offset()
-    return last < x.untyped_storage().nbytes() // x.element_size()
+    strides: tuple[int, ...] = x.stride()
+    last = sum(
+        (n - 1) * s for n, s in zip((*x.shape[:2], context, x.shape[3]), strides, strict=True)
+    )
+    return x.storage_offset() + last < x.untyped_storage().nbytes() // x.element_size()
 
 
 def _lengthened(x: torch.Tensor, context: int) -> torch.Tensor:

@@ -1,9 +1,10 @@
 """A Llama body without the detours: the same numbers in half the operations around the products.
 
 At one to five rows the small operations between the matrix products, and the Python that calls
-them, take as long as the products. Here queries and keys are rotated together, nothing is looked up
-by name, and no mask is built. Every value is bit-identical to transformers' own (asserted by a
-test), so it changes no token; whatever is not plain decoding with our cache goes to transformers.
+them, take as long as the products. Here queries, keys and values come from one product where the
+weights never change, queries and keys are rotated together, nothing is looked up by name, and no
+mask is built. Every value is bit-identical to transformers' own (asserted by a test), so it changes
+no token; whatever is not plain decoding with our cache goes to transformers.
 """
 
 from types import MethodType
@@ -11,20 +12,44 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import LlamaModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from tts.attention import attention
 from tts.cache import RollbackCache
+from tts.packing import PackedLinear, pack
 
 
-def straighten(model: PreTrainedModel) -> None:
-    """Give every plain `LlamaModel` with our attention inside ``model`` the shorter way."""
+def straighten(model: PreTrainedModel, frozen: bool = False) -> None:
+    """Give every plain `LlamaModel` with our attention inside ``model`` the shorter way.
+
+    Args:
+        model: packed already, if it shall be.
+        frozen: nobody writes to its weights; those of the attention are laid side by side.
+    """
     for module in model.modules():
         if type(module) is LlamaModel:
             config = module.config
             if config._attn_implementation == "tts" and config.hidden_act == "silu":
                 module.forward = MethodType(_forward, module)
+                for layer in module.layers if frozen else ():
+                    _join(layer.self_attn)
+
+
+def _join(attention_: Any) -> None:
+    """Let the weights of queries, keys and values be parts of one, which is packed as a whole."""
+    parts = [attention_.q_proj, attention_.k_proj, attention_.v_proj]
+    if any(type(x) not in (nn.Linear, PackedLinear) or x.bias is not None for x in parts):
+        return  # compressed, or of another family
+    width = sum(x.out_features for x in parts)
+    whole = nn.Linear(parts[0].in_features, width, bias=False, device="meta")
+    weight = torch.cat([x.weight for x in parts]).detach()
+    whole.weight = nn.Parameter(weight, requires_grad=False)
+    pack(whole)
+    for part, rows in zip(parts, weight.split([x.out_features for x in parts]), strict=True):
+        part.weight = nn.Parameter(rows, requires_grad=False)
+    attention_.__dict__["joint"] = whole  # no module of the tree: it holds nothing of its own
 
 
 def _forward(
@@ -67,14 +92,17 @@ def _forward(
         module = layer.self_attn
         dim = module.head_dim
         x = _norm(hidden, layer.input_layernorm)
-        joint = torch.cat([module.q_proj(x), module.k_proj(x)], -1)
-        joint = joint.view(batch, rows, -1, dim).transpose(1, 2)
-        joint = joint * cos + joint.roll(half, -1) * turn
-        value = module.v_proj(x).view(batch, rows, -1, dim).transpose(1, 2)
-        heads = joint.shape[1] - value.shape[1]
-        keys, values = stored.update(joint[:, heads:], value)
+        if (joint := module.__dict__.get("joint")) is not None:
+            every = joint(x)
+        else:
+            every = torch.cat([module.q_proj(x), module.k_proj(x), module.v_proj(x)], -1)
+        every = every.view(batch, rows, -1, dim).transpose(1, 2)
+        shared = every.shape[1] // (module.num_key_value_groups + 2)  # key heads
+        turned, value = every[:, :-shared], every[:, -shared:]
+        turned = turned * cos + turned.roll(half, -1) * turn
+        keys, values = stored.update(turned[:, -shared:], value)
         mixed, _ = attention(
-            module, joint[:, :heads], keys, values, attention_mask, scaling=module.scaling
+            module, turned[:, :-shared], keys, values, attention_mask, scaling=module.scaling
         )
         hidden = hidden + module.o_proj(mixed.reshape(batch, rows, -1))
         x = _norm(hidden, layer.post_attention_layernorm)

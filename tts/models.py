@@ -144,7 +144,8 @@ def load_pair(
     model = _load(target_folder, "target", dtype, device, stock, compression)
     small = family.load(folder, config, model)
     if not stock:
-        _quicken(small)
+        pack(small)
+        straighten(small)
     return ModelPair(model, small, tokenizer, name, compression)
 
 
@@ -161,11 +162,6 @@ def load_target(
     folder = _resolve(target, "target")
     model = _load(folder, "target", dtype, device, stock=False)
     return model, _tokenizer(folder, "target")
-
-
-def _quicken(model: PreTrainedModel) -> None:
-    pack(model)
-    straighten(model)
 
 
 def check_device(dtype: str, device: str) -> None:
@@ -285,7 +281,8 @@ def _load(
         model = model.to(device)
     model = model.eval().requires_grad_(False)
     if not stock:
-        _quicken(model)
+        pack(model)
+        straighten(model, frozen=field == "target")
     return model
 
 
