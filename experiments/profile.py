@@ -211,22 +211,20 @@ def _show(config: Profile, summary: dict[str, Any]) -> None:
         f"{summary['weight_floor_ms']:.1f} ms a pass; load {summary['load']:.1f}"
     )
     table = Table(
-        title="milliseconds a pass (median) by rows, and the acceptance a token at which gamma "
-        "drafts break even"
+        title="milliseconds a pass (median), and the acceptance a token at which gamma drafts "
+        "break even"
     )
-    table.add_column("context", justify="right")
+    verify, draft = summary["verify_ms"], summary["draft_ms"]
+    table.add_column("context")
+    for context in verify:
+        table.add_column(str(context), justify="right")
     for rows in config.rows:
-        table.add_column(f"target {rows}", justify="right")
+        table.add_row(f"target, rows {rows}", *(number(ms[rows], 1) for ms in verify.values()))
     for gamma in config.gammas:
-        table.add_column(f"draft {gamma}", justify="right")
+        table.add_row(f"draft, gamma {gamma}", *(number(ms[gamma], 2) for ms in draft.values()))
     for gamma in config.gammas:
-        table.add_column(f"even {gamma}", justify="right")
-    for context, verify in summary["verify_ms"].items():
-        draft = summary["draft_ms"][context]
-        even = [number(_break_even(gamma, draft[gamma], verify), 2) for gamma in config.gammas]
-        drafting = [number(draft[gamma], 2) for gamma in config.gammas]
-        passes = [number(verify[rows], 1) for rows in config.rows]
-        table.add_row(str(context), *passes, *drafting, *even)
+        even = (_break_even(gamma, draft[context][gamma], verify[context]) for context in verify)
+        table.add_row(f"even at gamma {gamma}", *(number(a, 2) for a in even))
     console.print(table)
     cost = summary["context_cost"]
     if cost["read_ms"]:
