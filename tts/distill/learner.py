@@ -130,7 +130,7 @@ class Learner:
             self.steps += 1
             self.taught = True
         self._optimizer.zero_grad()
-        lost_mass = 1 - log_p.exp().sum(-1).mean()
+        lost_mass = (1 - log_p.exp().sum(-1).mean()).clamp(min=0)  # rounding
         shared, gain = overlap(log_p, log_q.detach()), None
         if bare is not None:
             gain = float((shared[new] - overlap(log_p[new], log_q_bare)).mean())
