@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.curves import (
+    CURVES,
     Curve,
     Rounds,
     acceptance_curve,
@@ -39,11 +40,22 @@ class Compare:
         runs: results folders; a conversation that an earlier one has in the same arm is left out.
         caption: below the figure.
         out: figure to write ("": none).
+        curves: its panels, of `experiments.curves.CURVES`.
+        bin: tokens that a point of the figure stands for.
     """
 
     runs: tuple[str, ...] = ()
     caption: str = ""
     out: str = ""
+    curves: tuple[str, ...] = tuple(QUANTITIES)
+    bin: int = 250
+
+    def __post_init__(self) -> None:
+        for name in self.curves:
+            if name not in CURVES:
+                raise UserError(f"curves: {name!r} is not one of {', '.join(CURVES)}")
+        if not self.curves or self.bin < 1:
+            raise UserError("curves, bin: the figure needs a panel, and bins of at least a token")
 
 
 def compare(config: Compare) -> dict[str, Any]:
@@ -58,7 +70,7 @@ def compare(config: Compare) -> dict[str, Any]:
         console.print(_table(name, conversations, list(arms)))
     if config.out:
         Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-        position_figure(arms, tuple(QUANTITIES), Path(config.out), config.caption)
+        position_figure(arms, config.curves, Path(config.out), config.caption, config.bin)
     return {"runs": list(config.runs), "relative_to": next(iter(arms))} | summary
 
 

@@ -258,6 +258,8 @@ def test_compare_joins_runs_and_leaves_out_what_not_every_arm_finished(tts, tmp_
     assert set(summary["overlap"]["a"]) == {"static", "target"}
     assert len(summary["acceptance_length"]["a"]["static"]) == 4
     assert figure.is_file()
+    assert main(["compare", runs, f"--out={figure}", "--curves=[gamma,seconds]", "--bin=20"]) == 0
+    assert main(["compare", runs, "--curves=[speed]"]) == 2
     assert main(["compare"]) == 2
     assert main(["compare", f"--runs=[{tmp_path}]"]) == 2
 
