@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import GenerationConfig
 
 from tests import tiny
@@ -13,6 +15,7 @@ from tts.sampling import (
     Warper,
     exponential_noise,
     join,
+    match_probability,
     overlap,
 )
 from tts.settings import Sampling, resolve
@@ -137,8 +140,44 @@ def test_coupled_match_probability_is_the_published_one():
     expected = sum(
         1 / torch.maximum(probs_p / probs_p[i], probs_q / probs_q[i]).sum() for i in range(3)
     )
+    assert match_probability(p, q).item() == pytest.approx(expected.item())
     matches = sum(Coupled(s).draw(p, 0) == Coupled(s).draw(q, 0) for s in range(6000))
     assert matches / 6000 == pytest.approx(expected.item(), abs=0.02)
+
+
+def naive_match(p, q):
+    """The published sum over dense rows, term by term."""
+    both = [(x, y) for x, y in zip(p.tolist(), q.tolist(), strict=True)]
+    return sum(
+        1 / sum(max(a / x, b / y) for a, b in both) for x, y in both if x > 0 and y > 0
+    )  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    weights=st.lists(
+        st.tuples(st.sampled_from([0, 0, 1, 2, 5]), st.sampled_from([0, 0, 1, 3, 4])),
+        min_size=2,
+        max_size=9,
+    ).filter(lambda w: all(sum(column) for column in zip(*w, strict=True)))
+)
+def test_match_probability_is_the_sum_over_all_pairs(weights):
+    """With ids in only one of the supports, ties, none in common, and rows filled up."""
+    dense = torch.tensor(weights, dtype=torch.float64).T
+    dense /= dense.sum(-1, keepdim=True)
+    rows = []
+    for probs in dense:
+        kept = probs.nonzero()[:, 0].flip(0)
+        row = Distribution(kept[None], probs[kept][None].float())
+        wider = Distribution(torch.arange(9)[None], torch.full((1, 9), 1 / 9))
+        rows.append(join([row, wider])[:1])
+    assert match_probability(*rows).item() == pytest.approx(naive_match(*dense), abs=1e-6)
+
+
+def test_match_probability_of_distributions_as_wide_as_the_vocabulary():
+    ids = torch.arange(49152)[None].expand(2, -1)
+    p = Distribution(ids, torch.rand(2, 49152).softmax(-1))
+    assert match_probability(p, p).tolist() == pytest.approx([1.0, 1.0])
 
 
 def test_rejection_accepts_with_min_one_p_over_q_and_redraws_the_rest():
