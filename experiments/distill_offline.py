@@ -12,13 +12,19 @@ from tts.distill.corpus import Corpus, annotate, read_tokens
 from tts.distill.features import Features
 from tts.distill.offline import OfflineConfig, OfflineTrainer, Text, frequent_ids
 from tts.distill.selftext import SelfTextConfig, write_shards
-from tts.distill.students import AutoregressiveStudent, DFlashStudent, Eagle3Student, Student
+from tts.distill.students import (
+    AutoregressiveStudent,
+    DFlashStudent,
+    Eagle3Student,
+    PardStudent,
+    Student,
+)
 from tts.drafting import dflash_checkpoint, eagle3_checkpoint, reduced
 from tts.errors import UserError
 from tts.models import load_target
 from tts.vocabulary import fingerprint
 
-DRAFTERS = ("autoregressive", "eagle3", "dflash")
+DRAFTERS = ("autoregressive", "pard", "eagle3", "dflash")
 FEATURES = 3  # hidden states that a head reads unless they are named
 ANNOTATED = 16  # sequences a shard, of text that is read
 
@@ -49,7 +55,7 @@ class DistillOffline:
     """Train a draft from self-written text; goes on where it was stopped.
 
     Args:
-        drafter: autoregressive, eagle3 or dflash.
+        drafter: autoregressive, pard, eagle3 or dflash.
         corpus: folders of `tts selftext` to train on.
         held_out: folder of `tts selftext` to evaluate on.
         out: folder for the draft, its checkpoint and its log.
@@ -123,9 +129,18 @@ def _student(
 ) -> tuple[Student, tuple[int, ...]]:
     """A new draft of the family asked for, and the hidden states of the target that it reads."""
     training = config.training
-    if config.drafter == "autoregressive":
+    size = target.config.get_text_config().vocab_size
+    if config.drafter in ("pard", "dflash") and not 0 <= training.mask_token_id < size:
+        raise UserError(
+            f"mask_token_id: {training.mask_token_id} is outside the vocabulary of {size}: use an "
+            "id that text never holds"
+        )
+    if config.drafter in ("autoregressive", "pard"):
         draft = reduced.from_target(target, ids, list(training.layers), fingerprint)
-        return AutoregressiveStudent(draft), ()
+        if config.drafter == "autoregressive":
+            return AutoregressiveStudent(draft), ()
+        draft.config.pard_token = training.mask_token_id
+        return PardStudent(draft, training.depth, training.root_share), ()
     count = target.config.get_text_config().num_hidden_layers
     features = training.features or dflash_checkpoint.read_layers(FEATURES, count)
     if config.drafter == "dflash":

@@ -45,10 +45,10 @@ class OfflineConfig:
         draft_vocab_size: how many of the most frequent generated ids the draft predicts.
         loss: one of `tts.distill.losses.LOSSES`.
         warm_share: share of the steps that run on forward KL first.
-        depth: of a head: steps of a chain in training, slots of a block.
-        mask_token_id: of DFlash: an id that text never holds, which stands for unknown tokens.
-        root_share: of a head: share of the positions that a chain or a block is drafted from.
-        decay: of a head: weight of a row at depth i is decay^i.
+        depth: not of an autoregressive draft: tokens it predicts from one root.
+        mask_token_id: of PARD and DFlash: an id that text never holds, for tokens not known.
+        root_share: not of an autoregressive draft: share of the positions that are such roots.
+        decay: weight of a row at depth i is decay^i.
         temperature: at which p and q are compared: that of decoding.
         batch_size: sequences a step.
         visits: tokens to train on, repetitions counted.
@@ -100,7 +100,7 @@ class Report:
     loss: float  # mean training loss since the last report
     overlap: float  # sum of min(p, q) at the temperature, mean over counted rows
     overlap_by_quarter: list[float]  # by position in the sequence
-    acceptance_length: float  # 1 + sum of prefix products of overlap over the next GAMMA rows
+    acceptance_length: float  # 1 + sum of prefix products of overlap over the next rows, at GAMMA
     elapsed_s: float
 
 
@@ -278,14 +278,17 @@ class OfflineTrainer:
 def _acceptance_length(shared: torch.Tensor) -> float:
     """1 + expected drafts accepted at `GAMMA`, mean over roots whose block was all measured.
 
+    A draft of fewer depths is judged at as many.
+
     Args:
         shared: overlap `[depths, sequences, positions]`, nan where nothing was predicted; a draft
             with a single depth is as good at every other.
     """
     if len(shared) == 1:
         shared = shared.expand(GAMMA, -1, -1)
-    ahead = shared.shape[2] - GAMMA + 1
-    block = torch.stack([shared[i, :, i : i + ahead] for i in range(GAMMA)])
+    gamma = min(GAMMA, len(shared))
+    ahead = shared.shape[2] - gamma + 1
+    block = torch.stack([shared[i, :, i : i + ahead] for i in range(gamma)])
     accepted = block.cumprod(0).sum(0)
     return 1 + accepted[~accepted.isnan()].mean().item()
 

@@ -16,6 +16,9 @@ from tts.distill.features import Features
 from tts.drafting import dflash_checkpoint, eagle3_checkpoint, reduced
 from tts.drafting.dflash_model import DFlash
 from tts.drafting.eagle3_model import Eagle3
+from tts.drafting.pard import beside
+
+KEPT = 0.7  # of the masks at a depth that have one behind them (PARD's conditional drop)
 
 
 class Predictions(NamedTuple):
@@ -59,6 +62,52 @@ class AutoregressiveStudent:
         hidden = self.model.model(input_ids=tokens).last_hidden_state.flatten(0, 1)
         position = corpus.counts[batch].to(device).flatten().nonzero()[:, 0]
         return Predictions(hidden[position], position, torch.zeros_like(position))
+
+    def save(self, folder: Path) -> None:
+        reduced.save(self.model, folder)
+
+
+class PardStudent:
+    """Every counted row, and masks behind some of them, fewer the deeper (PARD, conditional drop).
+
+    Args:
+        model: its config has a ``pard_token``.
+        depths: tokens that a root predicts: one from its own row, the others from masks.
+        share: of the positions that have masks behind them in training; every fourth has all of
+            them in evaluation.
+    """
+
+    def __init__(self, model: reduced.ReducedLlamaForCausalLM, depths: int, share: float) -> None:
+        self.model, self.depths, self._share = model, depths, share
+
+    def predict(
+        self, corpus: Corpus, features: Features | None, batch: torch.Tensor
+    ) -> Predictions:
+        device = self.model.device
+        tokens = corpus.tokens[batch][:, :-1].to(device)
+        count = tokens.shape[1]
+        if torch.is_grad_enabled():
+            random = torch.Generator().manual_seed(int(batch.sum()))
+            kept = torch.rand(self.depths - 1, count, generator=random) < KEPT
+            kept[:1] = torch.rand(1, count, generator=random) < self._share
+            kept = kept.cumprod(0).bool()  # a mask needs those before it
+        else:
+            kept = (torch.arange(count) % 4 == 0).expand(self.depths - 1, -1)
+        ahead, behind = kept.nonzero().to(device).T
+        ahead = ahead + 1
+        inside = behind + ahead < count
+        ahead, behind = ahead[inside], behind[inside]
+        row, seen = beside(behind, ahead, count)
+        masks = tokens.new_full((len(batch), len(behind)), self.model.config.pard_token)
+        hidden = self.model.model(
+            input_ids=torch.cat([tokens, masks], 1),
+            attention_mask=seen[None, None],
+            position_ids=row[None],
+        ).last_hidden_state
+        counted = corpus.counts[batch].to(device)[:, row]
+        position = row + count * torch.arange(len(batch), device=device)[:, None]
+        depth = torch.cat([ahead.new_zeros(count), ahead]).expand(len(batch), -1)
+        return Predictions(hidden[counted], position[counted], depth[counted])
 
     def save(self, folder: Path) -> None:
         reduced.save(self.model, folder)

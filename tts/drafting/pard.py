@@ -74,26 +74,19 @@ class PardDrafter(AutoregressiveDrafter):
         behind, ahead = (x.flatten() for x in torch.meshgrid(root, step, indexing="ij"))
         known = behind + ahead < count
         behind, ahead = behind[known], ahead[known]
-        ids = torch.tensor(window.tokens, device=device)
-        ids = torch.cat([ids, ids.new_full((len(behind),), model.config.pard_token)])
-        row = torch.cat([torch.arange(count, device=device), behind + ahead])
+        text = torch.tensor(window.tokens, device=device)
         held = window.prefix[0][0].shape[2]
-        # what a row sees of the text: up to itself, or to its root, within its window
-        text = torch.cat([torch.arange(count, device=device), behind])[:, None]
-        key = torch.arange(-held, count, device=device)
-        seen = key <= text
-        if window.sight is not None:
-            seen &= key > row[:, None] - window.sight
-        mask = torch.zeros(len(ids), held + len(ids), dtype=torch.bool, device=device)
-        mask[:, : held + count] = seen
-        same = behind[:, None] == behind
-        mask[count:, held + count :] = same & (ahead <= ahead[:, None])
+        row, mask = beside(behind, ahead, count, held, window.sight)
+        reduced = {"full_width": False} if hasattr(model, "draft_ids") else {}
         output = model(
-            input_ids=ids[None],
+            input_ids=torch.cat([text, text.new_full((len(behind),), model.config.pard_token)])[
+                None
+            ],
             attention_mask=mask[None, None],
             position_ids=first + row[None],
             past_key_values=filled(window.prefix),
             use_cache=True,
+            **reduced,
         )
         depth = torch.cat([torch.zeros(count, dtype=torch.long, device=device), ahead])
         return Replay(output.logits[0], row, DECAY**depth)
@@ -108,3 +101,32 @@ class PardDrafter(AutoregressiveDrafter):
         with torch.no_grad():
             said = self.replay(model, window._replace(prefix=bare.cache.keys_values(start)))
         return said.logits[said.row >= fresh - window.rows.first]
+
+
+def beside(
+    behind: torch.Tensor, ahead: torch.Tensor, count: int, held: int = 0, sight: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masks of many roots laid out beside one text, so that a single pass reads them all.
+
+    Args:
+        behind: `[masks]` row of the text that each mask's root is.
+        ahead: `[masks]` positions from there, 1, 2, ...; those before it have to be there, too.
+        count: rows of the text.
+        held: cached positions before the text.
+        sight: positions a row sees, itself included (None: all).
+
+    Returns:
+        row: `[count + masks]` position in the text of each row.
+        seen: bool `[count + masks, held + count + masks]`: a mask sees the text up to its root and
+            the masks of that root before it.
+    """
+    every = torch.arange(count, device=behind.device)
+    row = torch.cat([every, behind + ahead])
+    key = torch.arange(-held, count, device=behind.device)
+    text = key <= torch.cat([every, behind])[:, None]
+    if sight is not None:
+        text &= key > row[:, None] - sight
+    seen = torch.zeros(len(row), held + len(row), dtype=torch.bool, device=behind.device)
+    seen[:, : held + count] = text
+    seen[count:, held + count :] = (behind[:, None] == behind) & (ahead <= ahead[:, None])
+    return row, seen

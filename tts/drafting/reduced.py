@@ -31,12 +31,14 @@ class ReducedLlamaConfig(LlamaConfig):
     Args:
         draft_vocab_size: number of ids the head predicts.
         tokenizer_fingerprint: of the target's tokenizer (`tts.vocabulary.fingerprint`).
+        pard_token: the id that masks are, if it was trained to draft in parallel.
     """
 
     model_type = "reduced_llama"
 
     draft_vocab_size: int = 0
     tokenizer_fingerprint: str = ""
+    pard_token: int | None = None
 
 
 class ReducedLlamaForCausalLM(PreTrainedModel, GenerationMixin):
