@@ -11,10 +11,14 @@ import yaml
 from experiments import trackers
 from experiments.cli import VERBS, main
 from experiments.curves import acceptance_curve, interval, overlap_curve, third_edges
+from experiments.distill_offline import DRAFTERS
 from experiments.workload import FOLDER, PathFile
 from tests import tiny
+from tests.test_engine import PROMPT, decode, greedy
+from tts.drafting import make_drafter
 from tts.errors import UserError
 from tts.metrics import distinct_4, distinct_4_windows, summarise
+from tts.models import load_pair
 from tts.records import RoundRecord
 
 
@@ -370,3 +374,44 @@ def test_the_shipped_workload_is_split_evenly_and_has_no_turn_twice():
     turns = [turn for c in found for turn in c["turns"]]
     assert len(set(turns)) == len(turns)
     assert min(len(c["turns"]) for c in found) >= 20
+
+
+@pytest.fixture(scope="module")
+def written(models, tmp_path_factory):
+    """Flags of `tts distill-offline` for text that the tiny target wrote."""
+    root = tmp_path_factory.mktemp("selftext")
+    sizes = ["--text.length=32", "--text.max-user=4", "--text.max-answer=8", "--text.batch-size=4"]
+    for name, sequences in (("train", 12), ("held", 4)):
+        sequences = f"--text.sequences={sequences}"
+        flags = [f"--target={models / 'target'}", f"--out={root / name}", sequences, *sizes]
+        assert main(["selftext", *flags]) == 0
+    return [
+        f"--target={models / 'target'}",
+        f"--corpus=[{root / 'train'}]",
+        f"--held-out={root / 'held'}",
+        "--training.layers=[0]",
+        "--training.batch-size=4",
+        "--training.visits=512",
+        "--training.every=2",
+        "--training.mask-token-id=62",
+    ]
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_every_drafter_is_trained_and_then_drafts(drafter, written, models, tmp_path, capsys):
+    flags = [f"--drafter={drafter}", f"--out={tmp_path / 'draft'}", *written]
+    assert main(["distill-offline", *flags]) == 0
+    report = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert report["step"] == 4
+    assert 0 < report["overlap"] <= 1 <= report["acceptance_length"]
+    pair = load_pair(str(models / "target"), report["out"], dtype="float32")
+    expected = pair.target.generate(PROMPT, generation_config=greedy(40), do_sample=False)
+    result = decode(pair, 3, greedy(40))
+    assert result.sequences.tolist() == expected.tolist()
+    assert len({type(make_drafter(pair.draft, 64)).__name__.lower(), f"{drafter}drafter"}) == 1
+
+
+def test_a_mask_outside_the_vocabulary_is_refused(written, tmp_path, capsys):
+    flags = [*written[:-1], "--drafter=pard", f"--out={tmp_path}", "--training.mask-token-id=64"]
+    assert main(["distill-offline", *flags]) == 2
+    assert "mask_token_id: 64 is outside the vocabulary of 64" in capsys.readouterr().err
