@@ -8,7 +8,7 @@ from transformers.cache_utils import LinearAttentionAndFullAttentionLayer
 
 from tests import tiny
 from tts.cache import BLOCK, RollbackCache, RollbackLayer, _rollback
-from tts.cached_model import CachedModel
+from tts.cached_model import CHUNK, CachedModel
 from tts.errors import UserError
 
 # the chunked and the stepwise form of linear attention round differently; a wrong state is off by 1
@@ -41,6 +41,18 @@ def test_rolled_back_state_equals_that_of_a_fresh_prefill(architecture, window, 
     for ours, theirs in zip(cached.cache.snapshot(), fresh.cache.snapshot(), strict=True):
         for kind in ("conv", "recurrent"):
             torch.testing.assert_close(ours[kind][0], theirs[kind][0], **CLOSE)
+
+
+@pytest.mark.parametrize("keep", [1, 32, CHUNK + 8])
+@pytest.mark.parametrize("more", [1, 2, 31, 32, 33])
+def test_a_long_prompt_in_pieces_gives_all_rows_asked_for(keep, more):
+    tokens = torch.randint(0, 64, (CHUNK + more + max(0, keep - CHUNK),)).tolist()
+    cached = CachedModel(tiny.model("llama3.1"), layers=(1,))
+    rows = cached.feed(tokens, keep=keep)
+    with torch.inference_mode():
+        expected = cached.model(torch.tensor([tokens])).logits[0]
+    torch.testing.assert_close(rows.logits, expected[-keep:], atol=2e-5, rtol=1e-4)
+    assert len(rows.features) == cached.length == len(tokens)
 
 
 def test_a_window_hides_older_positions_from_every_row_of_a_block():

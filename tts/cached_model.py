@@ -48,8 +48,9 @@ class CachedModel:
         """Append ``tokens`` and return the rows of the last ``keep`` of them."""
         last, parts = max(keep, CHUNK), []
         while len(tokens) > last:
-            parts.append(self._pass(tokens[:CHUNK], 1).features)
-            tokens = tokens[CHUNK:]
+            size = min(CHUNK, len(tokens) - keep)  # the last pass has all rows that are kept
+            parts.append(self._pass(tokens[:size], 1).features)
+            tokens = tokens[size:]
         rows = self._pass(tokens, keep)
         if parts and rows.features is not None:
             rows = rows._replace(features=torch.cat([*parts, rows.features]))  # type: ignore[list-item]

@@ -1,15 +1,16 @@
 """Products of few rows with bfloat16 weights on the CPU, as fast as the weights can be streamed.
 
 oneDNN rearranges a plain weight at every call: packed once, several rows cost half of that and the
-numbers are the same, bit by bit (asserted by a test). For a single row its kernel is slower than
-for five, and PyTorch's own is half as fast again; that sums in another order, which changes about
-one result in ten thousand by its last bit.
+numbers are the same, bit by bit (asserted by a test). For one and two rows its kernel is slower than
+for five, and PyTorch's own, a dot product for each result, faster: for one row by half. That sums in
+another order, which changes about one result in ten thousand by its last bit.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+DOTS = 2  # rows up to which PyTorch's own product is faster
 ROWS = 5  # the row count oneDNN lays the weight out for; others run on the same layout
 
 
@@ -45,12 +46,12 @@ class PackedLinear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled():
             return super().forward(input)
-        if input.numel() == self.in_features:
-            return _single_row(input, self.weight, self.bias)
+        if input.numel() <= DOTS * self.in_features:
+            return _dot_products(input, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(input, self.packed, self.bias, "none", [], "")
 
 
-def _single_row(
+def _dot_products(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     enabled = torch._C._get_mkldnn_enabled()
