@@ -87,7 +87,7 @@ def test_packing_again_takes_up_new_weights_and_float32_is_left_alone():
     if not can_pack("cpu", torch.bfloat16):
         pytest.skip("no bfloat16 kernels on this CPU: nothing is packed")
     layer = nn.Sequential(nn.Linear(64, 64, bias=False)).bfloat16()
-    x = torch.randn(2, 64).bfloat16()
+    x = torch.randn(DOTS + 1, 64).bfloat16()
     pack(layer)
     with torch.inference_mode():
         before = layer(x)

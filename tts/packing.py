@@ -1,9 +1,9 @@
 """Products of few rows with bfloat16 weights on the CPU, as fast as the weights can be streamed.
 
 oneDNN rearranges a plain weight at every call: packed once, several rows cost half of that and the
-numbers are the same, bit by bit (asserted by a test). For one and two rows its kernel is slower than
-for five, and PyTorch's own, a dot product for each result, faster: for one row by half. That sums in
-another order, which changes about one result in ten thousand by its last bit.
+numbers are the same, bit by bit (asserted by a test). For one and two rows its kernel is slower
+than for five, and PyTorch's own, a dot product for each result, is faster: for one row by half.
+That sums in another order, which changes about one result in ten thousand by its last bit.
 """
 
 import torch
