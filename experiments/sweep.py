@@ -24,10 +24,10 @@ from tts.cached_model import CHUNK, CachedModel
 from tts.chat import ChatFormat
 from tts.coordinator import Coordinator
 from tts.distill.config import DistillConfig
-from tts.distill.evidence import Rows
 from tts.drafting import make_drafter
 from tts.drafting.protocol import TrainableDrafter
 from tts.errors import UserError
+from tts.evidence import Rows
 from tts.models import ModelPair
 from tts.sampling import Distribution, Warper, overlap
 from tts.settings import Sampling

@@ -13,12 +13,12 @@ from tests.test_engine import ARCHITECTURES, PROMPT, greedy, sampled
 from tts.cached_model import CachedModel
 from tts.coordinator import Coordinator
 from tts.distill.config import DistillConfig
-from tts.distill.evidence import Evidence, Rows
 from tts.distill.learner import Learner
 from tts.drafting.autoregressive import AutoregressiveDrafter
 from tts.drafting.protocol import Window
 from tts.engine import SpeculativeDecoder
 from tts.errors import UserError
+from tts.evidence import Evidence, Rows
 from tts.state import load_state, save_state
 
 EAGER = DistillConfig(stride=1, window=8, rank=4, learning_rate=0.01, max_update_share=1.0)

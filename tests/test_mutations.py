@@ -20,12 +20,12 @@ from tts.cached_model import CachedModel
 from tts.cached_model import Rows as DraftRows
 from tts.coordinator import Coordinator
 from tts.distill.adapter import Adapter
-from tts.distill.evidence import Evidence
 from tts.drafting.autoregressive import AutoregressiveDrafter
 from tts.drafting.dflash import DFlashDrafter
 from tts.drafting.eagle3_model import Eagle3
 from tts.drafting.features import FeatureDrafter
 from tts.drafting.prompt_lookup import PromptLookupDrafter
+from tts.evidence import Evidence
 from tts.sampling import Coupled, Warper
 from tts.stopping import Cut, Stopping
 

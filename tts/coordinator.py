@@ -13,10 +13,10 @@ import torch
 from transformers import PreTrainedModel
 
 from tts.distill.config import DistillConfig
-from tts.distill.evidence import Evidence, Rows
 from tts.distill.learner import Learner
 from tts.drafting import Draft, trainable
 from tts.drafting.protocol import TrainableDrafter
+from tts.evidence import Evidence, Rows
 from tts.records import UpdateRecord
 
 SMOOTHING = 0.85  # of the gain, an update's weight among those before

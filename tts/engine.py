@@ -23,10 +23,10 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from tts.cached_model import CachedModel, Rows
 from tts.custom_generate import check_handover, own_criteria
 from tts.distill.config import DistillConfig
-from tts.distill.evidence import Rows as Evidence
 from tts.drafting import PromptLookup, PromptLookupDrafter, make_drafter
 from tts.drafting.protocol import Drafter, Proposal, TrainableDrafter
 from tts.errors import UserError
+from tts.evidence import Rows as Evidence
 from tts.metrics import Summary, summarise
 from tts.models import ModelPair
 from tts.policy import LengthPolicy, RoundOutcome, RoundState

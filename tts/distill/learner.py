@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from tts.distill.adapter import Adapter
 from tts.distill.config import DistillConfig
-from tts.distill.evidence import Rows
 from tts.distill.losses import LOSSES, forward_kl, overlap
 from tts.drafting.protocol import TrainableDrafter, Window
 from tts.errors import UserError
+from tts.evidence import Rows
 
 
 class Step(NamedTuple):

@@ -7,9 +7,9 @@ from transformers import PreTrainedModel
 
 from tts.cache import filled, window_mask
 from tts.cached_model import CachedModel, Rows
-from tts.distill.evidence import Rows as Evidence
 from tts.drafting.chain import ChainDrafter
 from tts.drafting.protocol import Replay, Window
+from tts.evidence import Rows as Evidence
 
 
 class AutoregressiveDrafter(ChainDrafter):

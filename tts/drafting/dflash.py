@@ -6,9 +6,9 @@ import torch
 
 from tts.cache import filled
 from tts.cached_model import CHUNK, Rows
-from tts.distill.evidence import Rows as Evidence
 from tts.drafting.features import FeatureDrafter
 from tts.drafting.protocol import Replay, Window
+from tts.evidence import Rows as Evidence
 
 SPACING = 2  # positions between the anchors that an update replays
 DECAY = 0.8  # weight of a slot against the one before

@@ -6,9 +6,9 @@ import torch
 
 from tts.cache import filled, window_mask
 from tts.cached_model import CHUNK, Rows
-from tts.distill.evidence import Rows as Evidence
 from tts.drafting.features import FeatureDrafter
 from tts.drafting.protocol import Replay, Window
+from tts.evidence import Rows as Evidence
 
 DEPTH, DECAY = 4, 0.8  # steps that an update replays, and the weight of each against the one before
 

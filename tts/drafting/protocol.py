@@ -6,7 +6,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from tts.distill.evidence import Rows
+from tts.evidence import Rows
 from tts.policy import Signals
 from tts.sampling import Distribution, Warper
 
