@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.curves import (
+    BIN,
     CURVES,
     Curve,
     Rounds,
@@ -48,7 +49,7 @@ class Compare:
     caption: str = ""
     out: str = ""
     curves: tuple[str, ...] = tuple(QUANTITIES)
-    bin: int = 250
+    bin: int = BIN
 
     def __post_init__(self) -> None:
         for name in self.curves:

@@ -11,6 +11,7 @@ from tts.records import RoundRecord
 
 Rounds = Sequence[RoundRecord]
 RESAMPLES = 2000
+BIN = 250  # tokens that a point of a curve stands for
 
 
 @dataclass(frozen=True, slots=True)

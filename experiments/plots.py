@@ -8,7 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from experiments.curves import CURVES, Rounds, bin_edges, interval, length
+from experiments.curves import BIN, CURVES, Rounds, bin_edges, interval, length
 
 # Okabe-Ito, one colour an arm in every figure
 COLOURS = {
@@ -35,7 +35,7 @@ def position_figure(
     quantities: Sequence[str],
     file: Path,
     caption: str,
-    width: int = 250,
+    width: int = BIN,
 ) -> None:
     """Each quantity over the output position: every conversation's points, mean and interval.
 

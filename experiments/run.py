@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from experiments.arms import build, build_policy, check_arms, policy_of
-from experiments.curves import CURVES, ahead_from, bin_edges, length
+from experiments.curves import BIN, CURVES, ahead_from, bin_edges, length
 from experiments.decode import Decoded, OnRound, decode, recorded
 from experiments.live import Live
 from experiments.options import ModelOptions, SpeculationOptions, TextOptions
@@ -22,8 +22,6 @@ from tts.errors import UserError
 from tts.metrics import LOOP, distinct_4, distinct_4_windows, summarise
 from tts.models import ModelPair
 from tts.records import RoundRecord
-
-BIN = 250  # tokens, of the curves
 
 
 @dataclass(frozen=True)

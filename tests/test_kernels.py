@@ -53,6 +53,16 @@ def test_attention_does_not_see_what_its_buffer_holds_behind_the_context(
     torch.testing.assert_close(after, expected)
 
 
+def test_a_growing_context_brings_few_shapes_to_the_products(monkeypatch):
+    shapes, product = set(), torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: shapes.add((a.shape, b.shape)) or product(a, b))
+    keys = torch.randn(1, 2, 4 * STEP, 16)
+    for context in range(STEP + 1, 3 * STEP + 1):
+        seen = keys[:, :, :context]
+        attention(nn.Identity(), torch.randn(1, 6, 4, 16), seen, seen, None)
+    assert len(shapes) == 4  # scores and values, twice
+
+
 def test_attention_honours_a_given_mask_and_refuses_softcap():
     query, key = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 6, 8)
     mask = torch.rand(1, 1, 3, 6) > 0.4
@@ -118,6 +128,8 @@ def test_the_straight_llama_is_bit_identical(dtype, window, frozen):
         pack(model)
     straighten(straight, frozen)
     assert straight.state_dict().keys() == stock.state_dict().keys()
+    joined = ["joint" in vars(layer.self_attn) for layer in straight.model.layers]
+    assert joined == [frozen, frozen]
     assert straight.model.forward.__func__ is not LlamaModel.forward
     said = []
     for model in (stock, straight):

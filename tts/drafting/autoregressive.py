@@ -77,19 +77,11 @@ class AutoregressiveDrafter(ChainDrafter):
 
     @staticmethod
     def replay(model: Any, window: Window) -> Replay:
-        reduced = {"full_width": False} if hasattr(model, "draft_ids") else {}
-        first, rows = window.rows.first - 1, len(window.tokens)
-        mask = window_mask(window.sight, first, rows)
-        output = model(
-            input_ids=torch.tensor([window.tokens], device=model.device),
-            attention_mask=None if mask is None else mask.to(model.device),
-            position_ids=torch.arange(first, first + rows, device=model.device)[None],
-            past_key_values=filled(window.prefix),
-            use_cache=True,
-            **reduced,
-        )
-        every = torch.arange(rows, device=model.device)
-        return Replay(output.logits[0], every, torch.ones(rows, device=model.device))
+        device, rows = model.device, len(window.tokens)
+        mask = window_mask(window.sight, window.rows.first - 1, rows)
+        ids, every = torch.tensor(window.tokens, device=device), torch.arange(rows, device=device)
+        logits = read(model, window, ids, every, None if mask is None else mask.to(device))
+        return Replay(logits, every, torch.ones(rows, device=device))
 
     def bare(
         self, model: PreTrainedModel, sequence: list[int], window: Window, fresh: int, clean: bool
@@ -115,3 +107,28 @@ class AutoregressiveDrafter(ChainDrafter):
     def _feed(self, tokens: list[int], keep: int = 1) -> Rows:
         rows = self._cached.feed(tokens, keep)
         return Rows(rows.hidden, rows.logits[:, : self._width])
+
+
+def read(
+    model: Any, window: Window, ids: torch.Tensor, row: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Logits `[ids, columns]` of ``ids`` behind the keys before ``window``; gradients flow.
+
+    Args:
+        model: a causal language model, of a reduced vocabulary or not.
+        window: whose first token has row 0.
+        ids: int64 `[ids]`.
+        row: int64 `[ids]` position of each, from the window's first token.
+        mask: bool `[1, 1, ids, keys and ids]` what each sees (None: causal).
+    """
+    reduced = {"full_width": False} if hasattr(model, "draft_ids") else {}
+    output = model(
+        input_ids=ids[None],
+        attention_mask=mask,
+        position_ids=(window.rows.first - 1 + row)[None],
+        past_key_values=filled(window.prefix),
+        use_cache=True,
+        **reduced,
+    )
+    logits: torch.Tensor = output.logits[0]
+    return logits

@@ -5,9 +5,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from tts.cache import filled
 from tts.cached_model import Rows
-from tts.drafting.autoregressive import AutoregressiveDrafter
+from tts.drafting.autoregressive import AutoregressiveDrafter, read
 from tts.drafting.protocol import Replay, Window
 from tts.errors import UserError
 
@@ -68,7 +67,6 @@ class PardDrafter(AutoregressiveDrafter):
         the same root before it.
         """
         device, count = model.device, len(window.tokens)
-        first = window.rows.first - 1
         root = torch.arange(count - 1, -1, -SPACING, device=device).flip(0)
         step = torch.arange(1, DEPTH, device=device)
         behind, ahead = (x.flatten() for x in torch.meshgrid(root, step, indexing="ij"))
@@ -77,19 +75,10 @@ class PardDrafter(AutoregressiveDrafter):
         text = torch.tensor(window.tokens, device=device)
         held = window.prefix[0][0].shape[2]
         row, mask = beside(behind, ahead, count, held, window.sight)
-        reduced = {"full_width": False} if hasattr(model, "draft_ids") else {}
-        output = model(
-            input_ids=torch.cat([text, text.new_full((len(behind),), model.config.pard_token)])[
-                None
-            ],
-            attention_mask=mask[None, None],
-            position_ids=first + row[None],
-            past_key_values=filled(window.prefix),
-            use_cache=True,
-            **reduced,
-        )
+        ids = torch.cat([text, text.new_full((len(behind),), model.config.pard_token)])
+        logits = read(model, window, ids, row, mask[None, None])
         depth = torch.cat([torch.zeros(count, dtype=torch.long, device=device), ahead])
-        return Replay(output.logits[0], row, DECAY**depth)
+        return Replay(logits, row, DECAY**depth)
 
     def bare(
         self, model: PreTrainedModel, sequence: list[int], window: Window, fresh: int, clean: bool
