@@ -19,7 +19,7 @@ from tts.distill.students import (
     PardStudent,
     Student,
 )
-from tts.drafting import dflash_checkpoint, eagle3_checkpoint, reduced
+from tts.drafting import dflash_checkpoint, dflash_start, eagle3_checkpoint, reduced
 from tts.errors import UserError
 from tts.models import load_target
 from tts.vocabulary import fingerprint
@@ -106,6 +106,7 @@ def distill_offline(config: DistillOffline) -> dict[str, object]:
     held_out = Corpus([Path(config.held_out)], training.temperature)
     target, tokenizer = load_target(config.target, device=config.device)
     ids = frequent_ids(corpus, training.draft_vocab_size, [tokenizer.eos_token_id])
+    torch.manual_seed(training.seed)
     student, layers = _student(config, target, ids, fingerprint(tokenizer))
     texts = []
     for part in (corpus, held_out):
@@ -144,7 +145,10 @@ def _student(
     count = target.config.get_text_config().num_hidden_layers
     features = training.features or dflash_checkpoint.read_layers(FEATURES, count)
     if config.drafter == "dflash":
-        drafter = dflash_checkpoint.from_target(
+        most = target.config.get_text_config().intermediate_size
+        if training.neurons > most:
+            raise UserError(f"neurons: {training.neurons} is more than the target's {most}")
+        drafter = dflash_start.from_target(
             target,
             ids,
             features,
@@ -152,6 +156,7 @@ def _student(
             training.depth + 1,
             training.mask_token_id,
             fingerprint,
+            training.neurons,
         )
         return DFlashStudent(drafter, training.root_share), features
     head = eagle3_checkpoint.from_target(target, ids, features, training.layers, fingerprint)

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 from tests import tiny
 from tests.heads import LAYERS, Recorded, dflash, dflash_pair, features_of
 from tests.test_engine import decode, greedy
-from tts.drafting import dflash_checkpoint, make_drafter
+from tts.drafting import dflash_checkpoint, dflash_start, make_drafter
 from tts.drafting.chain import ChainDrafter
 from tts.drafting.dflash import DFlashDrafter
 from tts.drafting.dflash_model import DFlash
@@ -180,13 +180,50 @@ def test_the_default_layers_are_those_of_the_authors():
 
 def test_what_is_saved_is_the_layout_of_speculators_and_loads_unchanged(target_folder, tmp_path):
     target = tiny.model("llama3.1").bfloat16()
-    made = dflash_checkpoint.from_target(target, torch.arange(3, 50), LAYERS, (0, 1), 5, 62, "")
+    made = dflash_start.from_target(target, torch.arange(3, 50), LAYERS, (0, 1), 5, 62, "", 48)
     dflash_checkpoint.save(made, tmp_path / "draft")
     config = json.loads((tmp_path / "draft" / "config.json").read_text())
     assert config["aux_hidden_state_layer_ids"] == list(LAYERS)
+    assert config["transformer_layer_config"]["intermediate_size"] == 48
     loaded = load_pair(str(target_folder), str(tmp_path / "draft")).draft
-    for name, value in made.state_dict().items():
-        assert torch.equal(value, loaded.state_dict()[name]), name
+    for name, value in loaded.state_dict().items():
+        *module, leaf = name.rsplit(".", 1)
+        own = getattr(made.get_submodule(*module) if module else made, leaf)
+        assert torch.equal(own.to(value.dtype), value), name
+
+
+@torch.no_grad()
+def test_a_new_drafters_masks_hold_their_anchors_embedding_and_its_features_are_white():
+    target = tiny.model("llama3.1")
+    # what a look-up goes by: a direction that embeddings share
+    target.get_input_embeddings().weight.add_(2.0).mul_(0.3)
+    made = dflash_start.from_target(target, torch.arange(3, 60), LAYERS, (0, 1), 5, 62, "")
+    seen = {}
+    first = made.layers[0].self_attn
+    first.register_forward_hook(lambda module, inputs, output: seen.update(taken=output[0]))
+    ids = torch.randint(3, 60, (1, 40), generator=torch.Generator().manual_seed(1))
+    states = target.model(input_ids=ids, output_hidden_states=True).hidden_states
+    read = torch.cat([states[layer] for layer in LAYERS], -1)
+    anchors = torch.arange(20, 40)[None]
+    made.unroll(ids[:, 20:], anchors, read, DynamicCache())
+    masks = seen["taken"].view(20, 5, -1)[:, 1:] + made.embed_tokens.weight[62]
+    alike = torch.cosine_similarity(masks, made.embed_tokens(ids[0, 20:])[:, None], -1)
+    assert alike.mean() > 0.9
+    rows = torch.cat([dflash_start.sample(target)[layer] for layer in LAYERS], -1)
+    white = rows @ made.fc.parametrizations.weight[0].whiten
+    spread = white.T @ white / len(white)
+    assert (spread.diagonal() <= 1.01).all()
+    assert (spread.diagonal() > 0.9).float().mean() > 0.5
+
+
+@torch.no_grad()
+def test_the_neurons_that_write_nothing_are_left_out_first():
+    target = tiny.model("llama3.1")
+    target.model.layers[1].mlp.down_proj.weight[:, ::2] *= 1e-6
+    made = dflash_start.from_target(target, torch.arange(3, 60), LAYERS, (0, 1), 5, 62, "", 32)
+    x = torch.randn(10, 32)
+    expected = target.model.layers[1].mlp(x)
+    torch.testing.assert_close(made.layers[1].mlp(x), expected, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize(

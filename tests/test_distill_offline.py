@@ -19,7 +19,7 @@ from tts.distill.students import (
     Eagle3Student,
     PardStudent,
 )
-from tts.drafting import dflash_checkpoint, eagle3_checkpoint, make_drafter, reduced
+from tts.drafting import dflash_start, eagle3_checkpoint, make_drafter, reduced
 from tts.drafting.checkpoint import read_config
 from tts.errors import UserError
 
@@ -188,7 +188,7 @@ HEADS = {
         eagle3_checkpoint.from_target(target, ids, (0, 1, 2), (0, 1), ""), depths=4, share=0.5
     ),
     "dflash": lambda target, ids: DFlashStudent(
-        dflash_checkpoint.from_target(target, ids, (0, 1, 2), (0, 1), 5, 62, ""), share=0.4
+        dflash_start.from_target(target, ids, (0, 1, 2), (0, 1), 5, 62, ""), share=0.4
     ),
 }
 

@@ -42,6 +42,7 @@ class OfflineConfig:
     Args:
         layers: layers of the target that the draft's start as copies of.
         features: hidden states of the target that a head reads (none: three, spread as in DFlash).
+        neurons: of DFlash: how many of each copied MLP, those that do most (0: all).
         draft_vocab_size: how many of the most frequent generated ids the draft predicts.
         loss: one of `tts.distill.losses.LOSSES`.
         warm_share: share of the steps that run on forward KL first.
@@ -56,11 +57,12 @@ class OfflineConfig:
         weight_decay: of AdamW.
         clip: maximal gradient norm.
         every: steps between evaluations and checkpoints.
-        seed: of the order of the sequences.
+        seed: of what a draft begins as, and of the order of the sequences.
     """
 
     layers: tuple[int, ...] = (0, 29)
     features: tuple[int, ...] = ()
+    neurons: int = 0
     draft_vocab_size: int = 16384
     loss: str = "overlap"
     warm_share: float = 0.5
@@ -87,6 +89,8 @@ class OfflineConfig:
         for name in ("temperature", "learning_rate", "clip", "decay"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name}: {getattr(self, name)} is not positive")
+        if self.neurons < 0:
+            raise UserError(f"neurons: {self.neurons} is negative: use 0 for all of the target's")
         if not 0 <= self.warm_share <= 1:
             raise UserError(f"warm_share: {self.warm_share} is outside [0, 1]")
 

@@ -171,11 +171,12 @@ def layer_config(config: dict[str, Any]) -> dict[str, Any]:
     return {name: config[name] for name in LAYER_FIELDS if config.get(name) is not None}
 
 
-def write(model: Any, published: dict[str, Any], kind: str, folder: Path) -> None:
+def write(model: Any, own: Tensors, published: dict[str, Any], kind: str, folder: Path) -> None:
     """Write a head in the layout of speculators, in bfloat16, without what the target lends.
 
     Args:
         model: the head.
+        own: its tensors; those that the target lends are left out.
         published: what is special about its configuration.
         kind: transformers' ``model_type`` of its layers.
         folder: made if it is not there.
@@ -193,7 +194,7 @@ def write(model: Any, published: dict[str, Any], kind: str, folder: Path) -> Non
     (folder / "config.json").write_text(json.dumps(published, indent=2) + "\n")
     tensors = {
         name: tensor.to("cpu", torch.bfloat16).contiguous()
-        for name, tensor in model.state_dict().items()
+        for name, tensor in own.items()
         if name not in LENT | {"draft_ids"}
     }
     tensors |= vocabulary_maps(model.draft_ids, model.config.vocab_size)

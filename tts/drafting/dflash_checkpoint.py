@@ -9,7 +9,6 @@ rows and embedding, which are the target's.
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tts.drafting import checkpoint
@@ -63,44 +62,6 @@ def load(folder: Path, config: DFlashConfig, target: PreTrainedModel) -> DFlash:
     return drafter
 
 
-def from_target(
-    target: PreTrainedModel,
-    ids: torch.Tensor,
-    features: tuple[int, ...],
-    layers: tuple[int, ...],
-    block_size: int,
-    mask_token_id: int,
-    fingerprint: str,
-) -> DFlash:
-    """A new drafter that reads ``features``, its layers begun as copies of the target's."""
-    text = target.config.get_text_config()
-    layer = checkpoint.layer_config(text.to_dict())
-    # what a mask learns of its context comes through the values alone: let them be as wide
-    layer["num_key_value_heads"] = layer["num_attention_heads"]
-    config = DFlashConfig(
-        **layer,
-        num_hidden_layers=len(layers),
-        target_hidden_size=text.hidden_size,
-        target_layers=features,
-        block_size=block_size,
-        mask_token_id=mask_token_id,
-        draft_vocab_size=len(ids),
-        tokenizer_fingerprint=fingerprint,
-    )
-    model = DFlash(config)
-    model.draft_ids = ids
-    new: Any
-    for new, old in zip(model.layers, layers, strict=True):
-        source = target.model.layers[old]
-        checkpoint.copy_attention(source.self_attn, new.self_attn)
-        for name in ("mlp", "input_layernorm", "post_attention_layernorm"):
-            new.get_submodule(name).load_state_dict(source.get_submodule(name).state_dict())
-    model.norm.load_state_dict(target.model.norm.state_dict())
-    model = model.to(target.device, target.dtype)
-    checkpoint.lend(model, target)
-    return model
-
-
 def save(model: DFlash, folder: Path) -> None:
     """Write the drafter (`checkpoint.write`)."""
     config: DFlashConfig = model.config
@@ -111,7 +72,10 @@ def save(model: DFlash, folder: Path) -> None:
         "block_size": config.block_size,
         "mask_token_id": config.mask_token_id,
     }
-    checkpoint.write(model, published, "qwen3", folder)
+    tensors = {k: v for k, v in model.state_dict().items() if "parametrizations" not in k}
+    checkpoint.write(
+        model, tensors | {"fc.weight": model.fc.weight.detach()}, published, "qwen3", folder
+    )
 
 
 def _config(published: dict[str, Any], file: Path) -> DFlashConfig:

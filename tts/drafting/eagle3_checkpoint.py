@@ -135,7 +135,7 @@ def save(model: Eagle3, folder: Path) -> None:
         "eagle_aux_hidden_state_layer_ids": list(config.target_layers),
         **{name: getattr(config, name) for name in VARIANTS},
     }
-    checkpoint.write(model, published, "llama", folder)
+    checkpoint.write(model, model.state_dict(), published, "llama", folder)
 
 
 def _config(published: dict[str, Any], text: PreTrainedConfig) -> Eagle3Config:
