@@ -57,6 +57,7 @@ PACKAGED = {
         {
             "autoregressive": DRAFTS / "smollm2-135m",
             "eagle3": DRAFTS / "smollm2-135m-eagle3",
+            "dflash": DRAFTS / "smollm2-135m-dflash",
         },
     )
 }
