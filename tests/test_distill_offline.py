@@ -133,7 +133,8 @@ def test_a_resumed_training_ends_where_an_unbroken_one_does(target, folder, tmp_
 @pytest.mark.parametrize(
     ("fields", "match"),
     [({"loss": "mse"}, "loss: 'mse'"), ({"visits": 0}, "visits: 0"),
-     ({"learning_rate": float("nan")}, "learning_rate"), ({"warm_share": 2.0}, "warm_share")],
+     ({"learning_rate": float("nan")}, "learning_rate"), ({"warm_share": 2.0}, "warm_share"),
+     ({"neurons": -1}, "neurons")],
 )  # fmt: skip
 def test_bad_training_options_are_refused_by_name(fields, match):
     with pytest.raises(UserError, match=match):

@@ -415,3 +415,9 @@ def test_a_mask_outside_the_vocabulary_is_refused(written, tmp_path, capsys):
     flags = [*written[:-1], "--drafter=pard", f"--out={tmp_path}", "--training.mask-token-id=64"]
     assert main(["distill-offline", *flags]) == 2
     assert "mask_token_id: 64 is outside the vocabulary of 64" in capsys.readouterr().err
+
+
+def test_more_neurons_than_the_target_has_are_refused(written, tmp_path, capsys):
+    flags = [*written[:-1], "--drafter=dflash", f"--out={tmp_path}", "--training.neurons=65"]
+    assert main(["distill-offline", *flags, "--training.mask-token-id=62"]) == 2
+    assert "neurons: 65 is more than the target's 64" in capsys.readouterr().err

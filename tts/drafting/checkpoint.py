@@ -171,6 +171,27 @@ def layer_config(config: dict[str, Any]) -> dict[str, Any]:
     return {name: config[name] for name in LAYER_FIELDS if config.get(name) is not None}
 
 
+def new_config(
+    target: PreTrainedModel,
+    ids: torch.Tensor,
+    features: tuple[int, ...],
+    layers: tuple[int, ...],
+    fingerprint: str,
+) -> dict[str, Any]:
+    """Fields of a new head that reads ``features`` and predicts ``ids``, a layer for each given."""
+    text = target.config.get_text_config()
+    layer = layer_config(text.to_dict())
+    # what a row learns of a token or of the context comes through the values: let them be as wide
+    layer["num_key_value_heads"] = layer["num_attention_heads"]
+    return layer | {
+        "num_hidden_layers": len(layers),
+        "target_hidden_size": text.hidden_size,
+        "target_layers": features,
+        "draft_vocab_size": len(ids),
+        "tokenizer_fingerprint": fingerprint,
+    }
+
+
 def write(model: Any, own: Tensors, published: dict[str, Any], kind: str, folder: Path) -> None:
     """Write a head in the layout of speculators, in bfloat16, without what the target lends.
 

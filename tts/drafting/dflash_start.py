@@ -43,36 +43,27 @@ def from_target(
         fingerprint: of the target's tokenizer.
         neurons: of each copied MLP (0: all).
     """
-    text = target.config.get_text_config()
-    layer = checkpoint.layer_config(text.to_dict())
-    # what a mask learns of its context comes through the values alone: let them be as wide
-    layer["num_key_value_heads"] = layer["num_attention_heads"]
-    layer["intermediate_size"] = neurons or layer["intermediate_size"]
-    config = DFlashConfig(
-        **layer,
-        num_hidden_layers=len(layers),
-        target_hidden_size=text.hidden_size,
-        target_layers=features,
-        block_size=block_size,
-        mask_token_id=mask_token_id,
-        draft_vocab_size=len(ids),
-        tokenizer_fingerprint=fingerprint,
-    )
+    fields = checkpoint.new_config(target, ids, features, layers, fingerprint)
+    fields["intermediate_size"] = neurons or fields["intermediate_size"]
+    config = DFlashConfig(**fields, block_size=block_size, mask_token_id=mask_token_id)
     model = DFlash(config)
     model.draft_ids = ids
     states = sample(target)
     new: Any
     for new, old in zip(model.layers, layers, strict=True):
         source = target.model.layers[old]
-        checkpoint.copy_attention(source.self_attn, new.self_attn)
         _copy_mlp(source.mlp, new.mlp, source.post_attention_layernorm(states[old]))
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            new.get_submodule(name).load_state_dict(source.get_submodule(name).state_dict())
+        new.post_attention_layernorm.load_state_dict(source.post_attention_layernorm.state_dict())
+        if new is model.layers[0]:
+            continue
+        new.input_layernorm.load_state_dict(source.input_layernorm.state_dict())
+        checkpoint.copy_attention(source.self_attn, new.self_attn)
         read = source.input_layernorm(states[old])
         for norm, projection in (("q_norm", "q_proj"), ("k_norm", "k_proj")):
             size = source.self_attn.get_submodule(projection)(read).float().square().mean().sqrt()
             new.self_attn.get_submodule(norm).weight.data.fill_(size)
-    model.hidden_norm.load_state_dict(new.input_layernorm.state_dict())
+    # features no louder than what the last layer read in the target
+    model.hidden_norm.load_state_dict(source.input_layernorm.state_dict())
     model.norm.load_state_dict(target.model.norm.state_dict())
     model = model.to(target.device, target.dtype)
     checkpoint.lend(model, target)
@@ -98,7 +89,7 @@ def _copy_mlp(source: Any, new: Any, read: torch.Tensor) -> None:
 
 
 class Whitened(nn.Module):
-    """A weight of features held as that of the same features with uncorrelated unit variance.
+    """A float32 weight of features, held as that of the same with uncorrelated unit variance.
 
     Some numbers of the target's states are hundreds of times larger than others, and most of a
     state is the same at every position. A step of Adam is as large for each weight.
@@ -116,11 +107,11 @@ class Whitened(nn.Module):
 
     def forward(self, original: torch.Tensor) -> torch.Tensor:
         """The weight that is applied to the features."""
-        return (original.float() @ self.whiten).to(original)  # type: ignore[operator]
+        return original @ self.whiten  # type: ignore[operator]
 
     def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
         """What is trained, of a weight."""
-        return (weight.float() @ self.colour).to(weight)  # type: ignore[operator]
+        return weight @ self.colour  # type: ignore[operator]
 
 
 @torch.no_grad()

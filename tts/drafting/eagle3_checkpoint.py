@@ -77,20 +77,11 @@ def from_target(
     It begins close to a draft made of the target's ``layers``: the first layer looks up the newest
     token and puts its embedding into the residual stream, where EAGLE-3 has only the features.
     """
-    text = target.config.get_text_config()
-    layer = checkpoint.layer_config(text.to_dict())
-    # the newest token reaches the residual stream through the values alone: let them be as wide
-    layer["num_key_value_heads"] = layer["num_attention_heads"]
     config = Eagle3Config(
-        **layer,
-        num_hidden_layers=len(layers),
-        target_hidden_size=text.hidden_size,
-        target_layers=features,
-        draft_vocab_size=len(ids),
+        **checkpoint.new_config(target, ids, features, layers, fingerprint),
         # a few numbers of the states are thousands of times larger than the others
         fc_norm=True,
         norm_before_residual=True,
-        tokenizer_fingerprint=fingerprint,
     )
     model = Eagle3(config)
     model.draft_ids = ids
