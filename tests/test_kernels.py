@@ -10,7 +10,14 @@ from tests import tiny
 from tts.attention import MAX_SHORT_ROWS, SHORT, STEP, attention
 from tts.cached_model import CachedModel
 from tts.llama import straighten
-from tts.packing import DOTS, PackedLinear, can_pack, pack
+from tts.packing import ROWS, PackedLinear, can_pack, pack
+
+exact_blocks = pytest.mark.skipif(
+    not can_pack("cpu", torch.bfloat16)
+    or torch.backends.cpu.get_cpu_capability() != "AVX512"
+    or torch.cpu._is_amx_tile_supported(),
+    reason="the order of sums was looked into on CPUs with AVX-512 and without AMX alone",
+)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, MAX_SHORT_ROWS, MAX_SHORT_ROWS + 1])
@@ -56,11 +63,12 @@ def test_attention_does_not_see_what_its_buffer_holds_behind_the_context(
 def test_a_growing_context_brings_few_shapes_to_the_products(monkeypatch):
     shapes, product = set(), torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda a, b: shapes.add((a.shape, b.shape)) or product(a, b))
-    keys = torch.randn(1, 2, 4 * STEP, 16)
-    for context in range(STEP + 1, 3 * STEP + 1):
+    keys = torch.randn(1, 2, SHORT + 4 * STEP, 16)
+    for context in range(SHORT + STEP + 1, SHORT + 3 * STEP + 1):
         seen = keys[:, :, :context]
         attention(nn.Identity(), torch.randn(1, 6, 4, 16), seen, seen, None)
-    assert len(shapes) == 4  # scores and values, twice
+    # scores and values; four rows, and one, two or three where a block lies across an edge
+    assert len(shapes) == 2 * (3 + 3 + 2)
 
 
 def test_attention_honours_a_given_mask_and_refuses_softcap():
@@ -74,10 +82,30 @@ def test_attention_honours_a_given_mask_and_refuses_softcap():
         attention(nn.Identity(), query, key, key, None, softcap=5.0)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5, 9, 33])
-def test_packed_products_are_bit_identical(rows):
+@exact_blocks
+@pytest.mark.parametrize("heads", [(9, 3), (4, 4), (8, 1)])
+@pytest.mark.parametrize("first", [5, 60, 500, SHORT - 20, SHORT + 600])
+def test_a_row_of_attention_is_the_same_in_every_block(heads, first):
+    torch.manual_seed(0)
+    query_heads, key_heads = heads
+    query = torch.randn(1, query_heads, MAX_SHORT_ROWS, 64).bfloat16()
+    stored = torch.randn(2, 1, key_heads, SHORT + 1024, 64).bfloat16()
+
+    def rows(start, end):
+        keys, values = stored[:, :, :, : first + end]
+        with torch.inference_mode():
+            return attention(nn.Identity(), query[:, :, start:end], keys, values, None)[0]
+
+    alone = torch.cat([rows(row, row + 1) for row in range(MAX_SHORT_ROWS)], 1)
+    for size in (2, 3, 5, 9, 11, 12, 21, 22, 32):
+        assert torch.equal(rows(0, size), alone[:, :size]), size
+        assert torch.equal(rows(32 - size, 32), alone[:, -size:]), size
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 9, ROWS, ROWS + 1])
+def test_packed_products_are_the_products_and_a_row_is_the_same_in_every_block(rows):
     if not can_pack("cpu", torch.bfloat16):
-        pytest.skip("no bfloat16 kernels on this CPU: nothing is packed")
+        pytest.skip("no FBGEMM on this CPU: nothing is packed")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(576, 1536, bias=False), nn.Linear(1536, 96)).bfloat16()
     x = torch.randn(1, rows, 576).bfloat16()
@@ -85,19 +113,32 @@ def test_packed_products_are_bit_identical(rows):
         expected = model(x)
         pack(model)
         assert all(type(layer) is PackedLinear for layer in model)
-        if rows > DOTS:
+        if rows > ROWS:
             assert torch.equal(model(x), expected)
         else:  # summed in another order: rarely, the last of eight bits differs
             torch.testing.assert_close(model(x), expected, rtol=2**-7, atol=2**-7)
-            assert torch.equal(model(x)[:, :1], model(x[:, :1]))
-    assert torch.backends.mkldnn.enabled
+            alone = [model(x[:, row : row + 1]) for row in range(rows)]
+            assert torch.equal(model(x), torch.cat(alone, 1))
+
+
+def test_usual_weights_keep_their_exact_value():
+    if not can_pack("cpu", torch.bfloat16):
+        pytest.skip("no FBGEMM on this CPU: nothing is packed")
+    torch.manual_seed(0)
+    exponents = torch.arange(-17, 16).repeat(64, 1)
+    weight = (torch.ldexp(1 + torch.rand(64, 33), exponents)).bfloat16().clamp(max=65000)
+    layer = nn.Sequential(nn.Linear(33, 64, bias=False)).bfloat16()
+    layer[0].weight.data = weight
+    pack(layer)
+    with torch.inference_mode():
+        assert torch.equal(layer(torch.eye(33).bfloat16()[:ROWS]).T, weight[:, :ROWS])
 
 
 def test_packing_again_takes_up_new_weights_and_float32_is_left_alone():
     if not can_pack("cpu", torch.bfloat16):
-        pytest.skip("no bfloat16 kernels on this CPU: nothing is packed")
+        pytest.skip("no FBGEMM on this CPU: nothing is packed")
     layer = nn.Sequential(nn.Linear(64, 64, bias=False)).bfloat16()
-    x = torch.randn(DOTS + 1, 64).bfloat16()
+    x = torch.randn(3, 64).bfloat16()
     pack(layer)
     with torch.inference_mode():
         before = layer(x)

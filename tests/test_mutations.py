@@ -10,11 +10,13 @@ from tests import (
     test_drafters,
     test_eagle3,
     test_engine,
+    test_kernels,
     test_learning,
     test_prompt_lookup,
     tiny,
 )
 from tests.heads import PAIRS
+from tests.test_kernels import exact_blocks
 from tts.cache import RollbackCache, RollbackLayer
 from tts.cached_model import CachedModel
 from tts.cached_model import Rows as DraftRows
@@ -183,6 +185,14 @@ def drafts_stay_known_after_they_were_judged(patch):
     patch.setattr(PromptLookupDrafter, "_know", lambda self, *args: honest(self, *args)[:0])
 
 
+def a_row_reads_as_far_as_its_block(patch):
+    patch.setattr("tts.attention.STEP", 2**20)
+
+
+def few_rows_are_summed_as_they_come(patch):
+    patch.setattr("tts.attention._spare_rows", lambda rows: 0)
+
+
 def without_architecture(check, **kwargs):
     return lambda architecture: check(**kwargs)
 
@@ -226,6 +236,10 @@ LIST = [
         test_drafters.check_replay, family=PAIRS[name]), "")
       for mutation, name in ((a_chain_forgets_its_own_steps, "eagle3"),
                              (a_mask_sees_the_masks_of_other_roots, "pard"))),
+    *((mutation, without_architecture(
+        test_kernels.test_a_row_of_attention_is_the_same_in_every_block, heads=(9, 3), first=500),
+       "") for mutation in (a_row_reads_as_far_as_its_block, few_rows_are_summed_as_they_come)
+      if not exact_blocks.args[0]),
 ]  # fmt: skip
 
 

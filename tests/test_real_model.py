@@ -7,7 +7,9 @@ import torch
 from transformers import GenerationConfig
 
 from controllers import make_policy
-from tts import SpeculativeDecoder, load_pair
+from tests.test_kernels import exact_blocks
+from tts import DistillConfig, PromptLookup, SpeculativeDecoder, load_pair
+from tts.cached_model import CachedModel
 from tts.models import PACKAGED
 
 DRAFT = PACKAGED["smollm2-135m"].drafts["autoregressive"]
@@ -31,6 +33,11 @@ PROMPTS = [
 @pytest.fixture(scope="module")
 def pair():
     return load_pair("smollm2-135m", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def half():
+    return load_pair("smollm2-135m", dtype="bfloat16")
 
 
 def ids(pair, prompt):
@@ -94,6 +101,46 @@ def test_coupled_text_and_overlap_do_not_depend_on_gamma(pair):
         overlaps.append(result.summary().mean_overlap)
     assert len(texts) == 1
     assert overlaps == pytest.approx([overlaps[0]] * 3, abs=1e-3)
+
+
+def bfloat16_texts(pair, prompt, new):
+    """Of rounds of every kind: nothing drafted, fixed lengths, both learning beside copies."""
+    config = GenerationConfig(
+        max_new_tokens=new, do_sample=True, temperature=0.8, top_p=0.95, top_k=0
+    )
+    copies = {"lookup": PromptLookup()}
+    arms: list[dict] = [{"policy": make_policy("fixed", gamma=gamma)} for gamma in (0, 1, 4, 8)]
+    arms.append({"policy": make_policy("mlp"), "distill": DistillConfig()} | copies)
+    arms.append({"policy": make_policy("heuristic")} | copies)
+    decoders = [SpeculativeDecoder(pair, acceptance="coupled", **arm) for arm in arms]
+    return [decoder.generate(prompt, generation_config=config, seed=3) for decoder in decoders]
+
+
+@exact_blocks
+def test_bfloat16_text_does_not_depend_on_what_is_drafted(half):
+    results = bfloat16_texts(half, ids(half, PROMPTS[3]), 96)
+    assert len({tuple(result.tokens) for result in results}) == 1
+    assert {len(result.rounds) for result in results[:2]} != {96}
+
+
+@exact_blocks
+@pytest.mark.slow
+def test_bfloat16_text_does_not_depend_on_what_is_drafted_on_six_prompts(half):
+    for prompt in PROMPTS:
+        results = bfloat16_texts(half, ids(half, prompt), 600)
+        assert len({tuple(result.tokens) for result in results}) == 1
+
+
+@exact_blocks
+def test_bfloat16_logits_do_not_depend_on_the_block(half):
+    tokens = half.tokenizer(" ".join(PROMPTS) * 7)["input_ids"][:560]
+    model = CachedModel(half.target)
+    model.feed(tokens[:500])
+    alone = torch.cat([model.feed([token]).logits for token in tokens[500:]])
+    for size in (2, 3, 5, 9, 12, 32):
+        model.rollback(500)
+        parts = [tokens[first : first + size] for first in range(500, 560, size)]
+        assert torch.equal(torch.cat([model.feed(x, len(x)).logits for x in parts]), alone), size
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,20 @@
 Stock scaled-dot-product attention repeats every key and value head for the query heads that share
 it (or runs one thread per head), and builds a mask of rows x context: at 6,000 keys it reads the
 cache at a tenth of the memory bandwidth. Here the query heads that share a key head become rows of
-one batched matrix product, so each key and value is read once, where it lies; the causal mask
-touches only the last columns. oneDNN compiles a product for every shape that it has not met, which
-costs a growing context milliseconds in every pass: up to a multiple of `STEP` positions are read,
-and those behind the context masked. Longer blocks (prefill, training) and other devices use
-PyTorch's own kernels.
+one fused attention or, over long contexts, of one batched matrix product, so each key and value is
+read once, where it lies. oneDNN compiles a product for every shape that it has not met, which costs
+a growing context milliseconds in every pass: a row reads up to a multiple of `STEP` positions, and
+those behind it are masked.
+
+That multiple, and with it every sum, depends on the row's position alone: in bfloat16 a row's
+result is the same, bit by bit, whatever block it is part of (asserted by a test). Longer blocks
+(prefill, training) and other devices use PyTorch's own kernels.
 
 Registered with transformers as the attention implementation ``"tts"``, so that any architecture
 that lets its attention be chosen runs on it unchanged.
 """
 
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,7 +26,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 MAX_SHORT_ROWS = 32  # beyond this the scores no longer fit the caches and the fused kernel wins
 STEP = 64  # positions: products are compiled for multiples of it
-SHORT = 3072  # a single row over fewer keys spends its time between operations: one is best
+SHORT = 2048  # fewer keys take less time than what lies between operations: one is best
 
 
 def attention(
@@ -82,22 +85,37 @@ def _few_rows(
     batch, heads, rows, head_dim = query.shape
     key_heads, context = key.shape[1], key.shape[2]
     shared = heads // key_heads  # query heads that share a key head
-    if rows == 1 and context <= SHORT:  # heads are rows that see everything: no mask
-        together = query.reshape(batch, key_heads, shared, head_dim)
-        output = F.scaled_dot_product_attention(together, key, value, scale=scaling)
-        return output.view(batch, heads, rows, head_dim)
-    longer = -(-context // STEP) * STEP
+    edge = (context - 1) // STEP * STEP  # rows that end before it shall read no further
+    before = rows - (context - edge)
+    if before > 0 and not bidirectional:
+        early = key[:, :, :edge], value[:, :, :edge]
+        parts = ((query[:, :, :before], *early), (query[:, :, before:], key, value))
+        return torch.cat([_few_rows(*part, scaling, bidirectional) for part in parts], 2)
+    longer = edge + STEP
     if _has_room(key, longer) and _has_room(value, longer):
         key, value = _lengthened(key, longer), _lengthened(value, longer)
-    grouped = (query * scaling).reshape(batch * key_heads, shared * rows, head_dim)
-    # keys are the left operand because that is the one oneDNN streams without repacking
-    scores = torch.bmm(key.flatten(0, 1), grouped.transpose(1, 2)).transpose(1, 2).contiguous()
-    first = context if bidirectional else context - rows + 1  # that some row must not see
-    if first < scores.shape[-1]:
-        hidden = scores.view(-1, shared, rows, scores.shape[-1])[..., first:]
-        hidden.masked_fill_(_hidden(rows, hidden.shape[-1], bidirectional), float("-inf"))
-    output = torch.bmm(scores.softmax(-1), value.flatten(0, 1))
-    return output.view(batch, heads, rows, head_dim)
+    width = key.shape[2]
+    together = query.reshape(batch, key_heads, shared * rows, head_dim)
+    spare = _spare_rows(shared * rows)
+    if spare:
+        zeros = query.new_zeros(batch, key_heads, spare, head_dim)
+        together = torch.cat([together, zeros], 2)
+    mask = _mask_of(rows, shared, spare, context, width, bidirectional, query.dtype)
+    if width <= SHORT and not torch.is_grad_enabled():
+        output = F.scaled_dot_product_attention(together, key, value, mask, scale=scaling)
+    else:
+        # keys are the left operand because that is the one oneDNN streams without repacking
+        scores = torch.bmm(key.flatten(0, 1), (together * scaling).flatten(0, 1).transpose(1, 2))
+        probs = (scores.transpose(1, 2).contiguous() + mask).softmax(-1)
+        output = torch.bmm(probs, value.flatten(0, 1)).view_as(together)
+    if spare:
+        output = output[:, :, :-spare]
+    return output.reshape(batch, heads, rows, head_dim)
+
+
+def _spare_rows(rows: int) -> int:
+    """How many to add: kernels take up to 32 at a time, and sum a few in another order."""
+    return 6 - rows % 32 if 0 < rows % 32 < 6 else 0
 
 
 def _has_room(x: torch.Tensor, context: int) -> bool:
@@ -113,12 +131,24 @@ def _lengthened(x: torch.Tensor, context: int) -> torch.Tensor:
     return x.as_strided((*x.shape[:2], context, x.shape[3]), x.stride())
 
 
-@cache
-def _hidden(rows: int, width: int, bidirectional: bool) -> torch.Tensor:
-    """Which of the last ``width`` columns a row must not see, bool `[rows, width]`."""
+@lru_cache(maxsize=16)
+def _mask_of(
+    rows: int,
+    shared: int,
+    spare: int,
+    context: int,
+    width: int,
+    bidirectional: bool,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """What is added to the scores of ``shared`` heads, `[shared * rows + spare, width]`."""
     with torch.inference_mode(False):  # learning reads it, too
-        every = torch.ones(rows, width, dtype=torch.bool)
-        return every if bidirectional else every.triu()
+        seen = torch.full([rows, 1], context)
+        if not bidirectional:
+            seen -= torch.arange(rows - 1, -1, -1)[:, None]
+        hidden = (torch.arange(width) >= seen).repeat(shared, 1)
+        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, -torch.inf)
+        return F.pad(mask, (0, 0, 0, spare))
 
 
 def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:

@@ -54,7 +54,7 @@ class RollbackLayer(CacheLayerMixin):
         """Append `[batch, key_heads, rows, head_dim]` and return views of all visible positions."""
         rows = key_states.shape[2]
         end = self.length + rows
-        if self._keys is None or end > self._keys.shape[2]:
+        if self._keys is None or end > self._keys.shape[2] - STRIDE_PAD:
             self._keys = _grown(self._keys, key_states, self.length, end)
             self._values = _grown(self._values, value_states, self.length, end)
         assert self._values is not None

@@ -2,9 +2,10 @@
 
 At one to five rows the small operations between the matrix products, and the Python that calls
 them, take as long as the products. Here queries, keys and values come from one product where the
-weights never change, queries and keys are rotated together, nothing is looked up by name, and no
-mask is built. Every value is bit-identical to transformers' own (asserted by a test), so it changes
-no token; whatever is not plain decoding with our cache goes to transformers.
+weights never change, gate and up from another; queries and keys are rotated together, nothing is
+looked up by name, and no mask is built. Every value is bit-identical to transformers' own (asserted
+by a test), so it changes no token; whatever is not plain decoding with our cache goes to
+transformers.
 """
 
 from types import MethodType
@@ -34,22 +35,30 @@ def straighten(model: PreTrainedModel, frozen: bool = False) -> None:
             if config._attn_implementation == "tts" and config.hidden_act == "silu":
                 module.forward = MethodType(_forward, module)
                 for layer in module.layers if frozen else ():
-                    _join(layer.self_attn)
+                    _join(layer.self_attn, "q_proj", "k_proj", "v_proj")
+                    _join(layer.mlp, "gate_proj", "up_proj")
 
 
-def _join(attention_: Any) -> None:
-    """Let the weights of queries, keys and values be parts of one, which is packed as a whole."""
-    parts = [attention_.q_proj, attention_.k_proj, attention_.v_proj]
+def _join(module: Any, *names: str) -> None:
+    """Let the weights of linear layers be parts of one, which is packed as a whole."""
+    parts = [module.get_submodule(name) for name in names]
     if any(type(x) not in (nn.Linear, PackedLinear) or x.bias is not None for x in parts):
         return  # compressed, or of another family
-    width = sum(x.out_features for x in parts)
-    whole = nn.Linear(parts[0].in_features, width, bias=False, device="meta")
+    widths = [x.out_features for x in parts]
+    whole = nn.Linear(parts[0].in_features, sum(widths), bias=False, device="meta")
     weight = torch.cat([x.weight for x in parts]).detach()
     whole.weight = nn.Parameter(weight, requires_grad=False)
     pack(whole)
-    for part, rows in zip(parts, weight.split([x.out_features for x in parts]), strict=True):
+    for part, rows in zip(parts, weight.split(widths), strict=True):
         part.weight = nn.Parameter(rows, requires_grad=False)
-    attention_.__dict__["joint"] = whole  # no module of the tree: it holds nothing of its own
+    module.__dict__["joint"] = whole  # no module of the tree: it holds nothing of its own
+
+
+def _joint(module: Any, x: torch.Tensor, *names: str) -> torch.Tensor:
+    """The products of ``x`` with linear layers of ``module``, side by side."""
+    if (whole := module.__dict__.get("joint")) is not None:
+        return whole(x)
+    return torch.cat([getattr(module, name)(x) for name in names], -1)
 
 
 def _forward(
@@ -92,10 +101,7 @@ def _forward(
         module = layer.self_attn
         dim = module.head_dim
         x = _norm(hidden, layer.input_layernorm)
-        if (joint := module.__dict__.get("joint")) is not None:
-            every = joint(x)
-        else:
-            every = torch.cat([module.q_proj(x), module.k_proj(x), module.v_proj(x)], -1)
+        every = _joint(module, x, "q_proj", "k_proj", "v_proj")
         every = every.view(batch, rows, -1, dim).transpose(1, 2)
         shared = every.shape[1] // (module.num_key_value_groups + 2)  # key heads
         turned, value = every[:, :-shared], every[:, -shared:]
@@ -107,7 +113,8 @@ def _forward(
         hidden = hidden + module.o_proj(mixed.reshape(batch, rows, -1))
         x = _norm(hidden, layer.post_attention_layernorm)
         mlp = layer.mlp
-        hidden = hidden + mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
+        gate, up = _joint(mlp, x, "gate_proj", "up_proj").chunk(2, -1)
+        hidden = hidden + mlp.down_proj(F.silu(gate) * up)
         states.append(hidden)
     states[-1] = _norm(hidden, self.norm)
     wanted = tuple(states) if kwargs.get("output_hidden_states") else None
