@@ -91,10 +91,12 @@ def _few_rows(
         early = key[:, :, :edge], value[:, :, :edge]
         parts = ((query[:, :, :before], *early), (query[:, :, before:], key, value))
         return torch.cat([_few_rows(*part, scaling, bidirectional) for part in parts], 2)
-    longer = edge + STEP
-    if _has_room(key, longer) and _has_room(value, longer):
-        key, value = _lengthened(key, longer), _lengthened(value, longer)
-    width = key.shape[2]
+    width = edge + STEP
+    if _goes_on(key, width) and _goes_on(value, width):
+        key = key.as_strided((batch, key_heads, width, head_dim), key.stride())
+        value = value.as_strided((batch, key_heads, width, head_dim), value.stride())
+    else:
+        width = context
     together = query.reshape(batch, key_heads, shared * rows, head_dim)
     spare = _spare_rows(shared * rows)
     if spare:
@@ -118,17 +120,13 @@ def _spare_rows(rows: int) -> int:
     return 6 - rows % 32 if 0 < rows % 32 < 6 else 0
 
 
-def _has_room(x: torch.Tensor, context: int) -> bool:
+def _goes_on(x: torch.Tensor, context: int) -> bool:
     """Whether ``x`` `[batch, heads, shorter, head_dim]` is a view of a buffer that goes on."""
-    strides: tuple[int, ...] = x.stride()
-    last = sum(
-        (n - 1) * s for n, s in zip((*x.shape[:2], context, x.shape[3]), strides, strict=True)
-    )
-    return x.storage_offset() + last < x.untyped_storage().nbytes() // x.element_size()
-
-
-def _lengthened(x: torch.Tensor, context: int) -> torch.Tensor:
-    return x.as_strided((*x.shape[:2], context, x.shape[3]), x.stride())
+    batch, heads, _, head_dim = x.shape
+    over_batch, over_heads, over_positions, step = x.stride()
+    last = (batch - 1) * over_batch + (heads - 1) * over_heads + (context - 1) * over_positions
+    end = (x.storage_offset() + last + (head_dim - 1) * step + 1) * x.element_size()
+    return end <= x.untyped_storage().nbytes()
 
 
 @lru_cache(maxsize=16)

@@ -122,6 +122,4 @@ def _forward(
 
 
 def _norm(x: torch.Tensor, module: Any) -> torch.Tensor:
-    wide = x.float()
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + module.variance_epsilon)
-    return module.weight * (wide * scale).to(x.dtype)
+    return module.weight * F.rms_norm(x, x.shape[-1:], None, module.variance_epsilon)
