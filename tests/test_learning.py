@@ -19,6 +19,7 @@ from tts.drafting.protocol import Window
 from tts.engine import SpeculativeDecoder
 from tts.errors import UserError
 from tts.evidence import Evidence, Rows
+from tts.packing import pack
 from tts.state import load_state, save_state
 
 EAGER = DistillConfig(stride=1, window=8, rank=4, learning_rate=0.01, max_update_share=1.0)
@@ -124,7 +125,8 @@ def rows_of(target, tokens, temperature=1.0, head=None):
 
 def empty_prefix(draft):
     layers, c = draft.config.num_hidden_layers, draft.config
-    return [(torch.zeros(1, c.num_key_value_heads, 0, c.head_dim),) * 2 for _ in range(layers)]
+    empty = torch.zeros(1, c.num_key_value_heads, 0, c.head_dim, dtype=draft.dtype)
+    return [(empty, empty)] * layers
 
 
 def window_of(pair, tokens, **kwargs):
@@ -182,21 +184,27 @@ def test_a_step_that_is_not_finite_moves_nothing():
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_live_weights_are_base_plus_ba_and_the_rewrite_forgets_nothing():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [3, 40])
+def test_live_weights_are_base_plus_ba_and_the_rewrite_forgets_nothing(dtype, rows):
     pair = learnable()
+    for model in (pair.target, pair.draft):
+        pack(model.to(dtype))
     learner = Learner(
         pair.draft, AutoregressiveDrafter, pair.target.get_output_embeddings().weight, EAGER
     )
     learner.step([window_of(pair, TOKENS)], 1.0)
     learner.adapter.write()
-    tokens = torch.tensor([TOKENS])
+    tokens = torch.tensor([(TOKENS * 3)[:rows]])
     with torch.no_grad():
         expected = learner.adapter.model(input_ids=tokens).logits
-        torch.testing.assert_close(learner.adapter.live(input_ids=tokens).logits, expected)
+        live, bare = learner.adapter.live(input_ids=tokens).logits, pair.draft(input_ids=tokens)
+        tolerance = {} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+        torch.testing.assert_close(live, expected, **tolerance)
+        assert (live - bare.logits).abs().max() > 0.1
         learner.reset()
         learner.adapter.write()
-        bare = pair.draft(input_ids=tokens).logits
-        assert torch.equal(learner.adapter.live(input_ids=tokens).logits, bare)
+        assert torch.equal(learner.adapter.live(input_ids=tokens).logits, bare.logits)
 
 
 def check_the_guard_takes_back(after, event):

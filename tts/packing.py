@@ -39,11 +39,22 @@ def pack(model: nn.Module) -> None:
 
 
 class PackedLinear(nn.Linear):
-    """`nn.Linear` whose forward runs on ``packed`` where no gradient is asked for."""
+    """`nn.Linear` whose forward runs on ``packed`` where no gradient is asked for.
+
+    Packing takes far longer than a product. What changes often is added as a product of two thin
+    matrices ``low_rank``, float32 `[in, rank]` and `[rank, out]`.
+    """
 
     packed: torch.ScriptObject
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        wide = input.float()
         if torch.is_grad_enabled() or input.numel() > ROWS * self.in_features:
-            return super().forward(input)
-        return torch.ops.quantized.linear_dynamic_fp16(input.float(), self.packed).to(input.dtype)
+            result = super().forward(input)
+        else:
+            result = torch.ops.quantized.linear_dynamic_fp16(wide, self.packed)
+        if self.low_rank is not None:
+            down, up = self.low_rank
+            result = result + wide @ down @ up
+        return result.to(input.dtype)

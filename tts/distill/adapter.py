@@ -1,9 +1,10 @@
 """LoRA on the draft, and the live copy that drafts with it.
 
 Three models share every tensor that is not adapted: the user's draft, which never changes; PEFT's
-view of it, which is trained; and the live copy, whose adapted weights are rewritten as base + BA
-after an update. Nothing is ever merged and unmerged, which would change the base in bfloat16, and
-the live copy drafts at the speed of the plain draft.
+view of it, which is trained; and the live copy, whose adapted weights become base + BA after an
+update: BA is added to each product of a packed weight, other weights are rewritten. Nothing is ever
+merged and unmerged, which would change the base in bfloat16, and the live copy drafts at the speed
+of the plain draft.
 """
 
 import copy
@@ -17,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tts.errors import UserError
-from tts.packing import PackedLinear, pack
+from tts.packing import PackedLinear
 
 NAME = "default"
 
@@ -70,10 +71,10 @@ class Adapter:
         self._pairs: list[tuple[LoraLinear, nn.Linear]] = []
         for name, module in adapted:
             linear = self.live.get_submodule(name)
-            linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
+            if not isinstance(linear, PackedLinear):
+                linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
             self._pairs.append((module, linear))
-        pack(self.live)
-        self.version = 0  # how often the live weights were rewritten
+        self.version = 0  # how often the live weights changed
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trained tensors by name: A and B of every adapted layer, float32."""
@@ -81,12 +82,16 @@ class Adapter:
 
     @torch.no_grad()
     def write(self) -> None:
-        """Rewrite the live weights as base + BA."""
+        """Make the live weights base + BA."""
         for lora, linear in self._pairs:
-            base: torch.Tensor = lora.get_base_layer().weight  # type: ignore[assignment]
-            delta: torch.Tensor = lora.get_delta_weight(NAME)
-            linear.weight.copy_(base.float() + delta.float())
-            pack(linear)
+            if isinstance(linear, PackedLinear):
+                down: torch.Tensor = lora.lora_A[NAME].weight  # type: ignore[assignment]
+                up: torch.Tensor = lora.lora_B[NAME].weight  # type: ignore[assignment]
+                linear.low_rank = down.T.clone(), up.T.mul(lora.scaling[NAME])
+            else:
+                base: torch.Tensor = lora.get_base_layer().weight  # type: ignore[assignment]
+                delta: torch.Tensor = lora.get_delta_weight(NAME)
+                linear.weight.copy_(base.float() + delta.float())
         self.version += 1
 
     @torch.no_grad()
@@ -118,12 +123,7 @@ def _linears(
 
 
 def shared_copy(model: PreTrainedModel) -> Any:
-    """A module tree of its own over the same parameter and buffer tensors, nothing packed."""
+    """A module tree of its own over the same parameters, buffers and packed weights."""
     shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    # None instead of packed weights, which cannot be copied
-    shared |= {id(m.packed): None for m in model.modules() if isinstance(m, PackedLinear)}
-    twin = copy.deepcopy(model, shared)
-    for module in twin.modules():
-        if isinstance(module, PackedLinear):
-            module.__class__ = nn.Linear  # type: ignore[assignment]
-    return twin
+    shared |= {id(m.packed): m.packed for m in model.modules() if isinstance(m, PackedLinear)}
+    return copy.deepcopy(model, shared)
