@@ -199,7 +199,7 @@ def test_live_weights_are_base_plus_ba_and_the_rewrite_forgets_nothing(dtype, ro
     with torch.no_grad():
         expected = learner.adapter.model(input_ids=tokens).logits
         live, bare = learner.adapter.live(input_ids=tokens).logits, pair.draft(input_ids=tokens)
-        tolerance = {} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+        tolerance = {} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.2}
         torch.testing.assert_close(live, expected, **tolerance)
         assert (live - bare.logits).abs().max() > 0.1
         learner.reset()
