@@ -14,10 +14,10 @@ import numpy as np
 PRIOR_MS = (35.0, 2.0, 4.0, 0.0, 0.0)
 PRIOR_SD_MS = (100.0, 10.0, 8.0, 10.0, 4.0)
 NOISE, FIRST_NOISE = 0.15, 0.5  # standard deviation of one round's time, as a fraction of it
-DRIFT = (0.005, 0.001, 0.0005, 0.001, 0.0005)  # of each between rounds, as a fraction of a round
+DRIFT = (0.003, 0.001, 0.0005, 0.001, 0.0005)  # of each between rounds, as a fraction of a round
 WARM = 6  # observations that no prediction can judge: any of them may be slow (compilation)
 OUTLIER = 2.0  # a round counts as at most this many times its prediction
-SPEED, SUDDEN = 0.1, 0.2  # share of a round's deviation that is the machine's; most that counts
+SPEED = 0.01  # drift of all of them together between rounds: that of the machine
 FLOOR = 0.01  # a drafted token costs at least this fraction of a round
 
 
@@ -28,8 +28,9 @@ class CostModel:
     own. A Kalman filter over these five: they drift slowly (the context grows), and the
     shared base lets rounds of any gamma tell of the others, so a gamma that is rarely used does
     not go stale. Other work on the machine only ever slows a round down: slow rounds are clipped,
-    and fast ones weigh more. A machine whose speed comes and goes slows all rounds by one factor,
-    followed apart. Plain floats: a call takes microseconds.
+    and fast ones weigh more. Most drift is the machine's, whose speed comes and goes: it moves all
+    five by one factor, also those of rounds that are not seen. Plain floats: a call takes
+    microseconds.
     """
 
     def __init__(self) -> None:
@@ -39,14 +40,12 @@ class CostModel:
             for i, sd in enumerate(PRIOR_SD_MS)
         ]
         self._count = 0
-        self._speed = 1.0  # factor of all times
 
     def observe(self, drafted: int, draft_ms: float, verify_ms: float, copied: int = 0) -> None:
         """Learn from a round of ``drafted`` tokens, ``copied`` of them by no model."""
         made = drafted - copied  # by a model
         x = (1.0, float(made > 0), float(made), float(made == 0 < copied), float(copied))
-        predicted = self.round_ms(drafted, copied) / self._speed
-        measured = (draft_ms + verify_ms) / self._speed
+        predicted, measured = self.round_ms(drafted, copied), draft_ms + verify_ms
         scale, noise = min(predicted, measured), FIRST_NOISE * measured
         if self._count >= WARM:
             measured, noise = min(measured, OUTLIER * predicted), NOISE * scale
@@ -54,6 +53,8 @@ class CostModel:
         covariance = self._covariance
         for i, drift in enumerate(DRIFT):
             covariance[i][i] += (drift * scale) ** 2
+            for j, other in enumerate(self._mean):
+                covariance[i][j] += SPEED**2 * self._mean[i] * other
         shared = [sum(c * y for c, y in zip(row, x, strict=True)) for row in covariance]
         variance = sum(s * y for s, y in zip(shared, x, strict=True)) + noise**2
         error = measured - sum(m * y for m, y in zip(self._mean, x, strict=True))
@@ -64,28 +65,26 @@ class CostModel:
             [c - a * b / variance for c, b in zip(row, shared, strict=True)]
             for row, a in zip(covariance, shared, strict=True)
         ]
-        if self._count > WARM:
-            self._speed *= 1 + SPEED * max(-SUDDEN, min(measured / predicted - 1, SUDDEN))
 
     def round_ms(self, gamma: int, copied: int = 0) -> float:
         """Expected time of a round with ``gamma`` drafted tokens; drafting is never free."""
-        base = self._speed * max(self._mean[0], 1e-3)
+        base = max(self._mean[0], 1e-3)
         if gamma == 0:
             return base
         # less than nothing where two rows take no longer than one, and three do
-        extra = self._speed * self._mean[1 if gamma > copied else 3]
+        extra = self._mean[1 if gamma > copied else 3]
         tokens = (gamma - copied) * self.step_ms + copied * self.copy_ms
         return base + max(extra + tokens, FLOOR * base)
 
     @property
     def step_ms(self) -> float:
         """Marginal cost of one more token that a model drafts, its row in the pass included."""
-        return self._speed * max(self._mean[2], FLOOR * self._mean[0], 1e-6)
+        return max(self._mean[2], FLOOR * self._mean[0], 1e-6)
 
     @property
     def copy_ms(self) -> float:
         """Marginal cost of one more copied token: its row in the pass."""
-        return self._speed * max(self._mean[4], FLOOR * self._mean[0], 1e-6)
+        return max(self._mean[4], FLOOR * self._mean[0], 1e-6)
 
     def state_dict(self) -> dict[str, Any]:
         """Arrays and numbers that `load_state_dict` needs to go on."""
@@ -93,7 +92,6 @@ class CostModel:
             "mean": np.array(self._mean),
             "covariance": np.array(self._covariance),
             "count": self._count,
-            "speed": self._speed,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -101,4 +99,3 @@ class CostModel:
         self._mean = [float(m) for m in state["mean"]]
         self._covariance = [[float(c) for c in row] for row in state["covariance"]]
         self._count = int(state["count"])
-        self._speed = float(state["speed"])

@@ -270,6 +270,23 @@ def test_costs_shrug_off_outliers_and_follow_drift():
     assert cost.round_ms(0) > 1.25 * BASE_MS
 
 
+def test_a_machine_that_becomes_faster_makes_drafting_cheaper_though_nothing_is_drafted():
+    cost = observed(scale=1.5)
+    observed(60, scale=1.0, cost=cost, gammas=(0,))
+    for gamma in (0, 1, 4):
+        assert cost.round_ms(gamma) == pytest.approx(round_ms(gamma), rel=0.15)
+
+
+def test_a_first_draft_may_cost_less_than_a_second():
+    cost, random = CostModel(), np.random.default_rng(0)
+    times = {0: 20.0, 1: 22.0, 2: 28.0, 3: 34.0}
+    for _ in range(300):
+        gamma = int(random.choice(list(times)))
+        cost.observe(gamma, 0.0, times[gamma] * math.exp(0.1 * random.normal()))
+    for gamma, ms in times.items():
+        assert cost.round_ms(gamma) == pytest.approx(ms, rel=0.08)
+
+
 def test_a_slow_first_round_is_soon_forgotten():
     cost = CostModel()
     cost.observe(0, 0.0, 20 * BASE_MS)
