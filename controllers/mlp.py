@@ -44,7 +44,7 @@ SLOWEST = 4.0  # rounds of gamma 0 that a round of a probe counts as at most
 REST = 4  # of so many rounds at gamma 0 one is timed: what passes wait for slows them fivefold
 PROBE_SHARE = 0.01  # of the time, where nothing else is drafted
 REPLAY, BATCH, STEPS = 128, 24, 2
-EVERY = 8  # new rows between two lessons: numpy's many small calls after each round cost 4 % of it
+EVERY = 8  # new rows between two lessons: numpy's many small calls after each round add up
 STEP_SIZE, FIT_SIZE = 0.003, 0.01  # of Adam, while decoding and offline
 
 Array = NDArray[np.float64]
@@ -332,7 +332,7 @@ class Mlp:
         self._seen += len(slots)
         if self._seen // EVERY == lessons:
             return
-        newest = np.arange(self._seen - min(self._seen, EVERY), self._seen) % REPLAY
+        newest = np.arange(self._seen - EVERY, self._seen) % REPLAY
         for _ in range(STEPS):
             old = self._rng.integers(0, min(self._seen, REPLAY), BATCH)
             rows = np.concatenate([newest, old])

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from transformers.cache_utils import LinearAttentionAndFullAttentionLayer
 
 from tests import tiny
+from tts.attention import STEP
 from tts.cache import BLOCK, RollbackCache, RollbackLayer, _rollback
 from tts.cached_model import CHUNK, CachedModel
 from tts.errors import UserError
@@ -53,6 +54,15 @@ def test_a_long_prompt_in_pieces_gives_all_rows_asked_for(keep, more):
         expected = cached.model(torch.tensor([tokens])).logits[0]
     torch.testing.assert_close(rows.logits, expected[-keep:], atol=2e-5, rtol=1e-4)
     assert len(rows.features) == cached.length == len(tokens)
+
+
+@pytest.mark.parametrize("length", [1, BLOCK - 1, BLOCK, BLOCK + 1, BLOCK + 33, 2 * BLOCK])
+def test_there_is_room_up_to_the_next_step_of_attention(length):
+    layer = RollbackLayer()
+    for size in (length - 1, 1):
+        keys, _ = layer.update(*torch.zeros(2, 1, 1, size, 8))
+    room = keys.untyped_storage().nbytes() // (8 * keys.element_size())
+    assert keys.shape[2] == length and room >= -(-length // STEP) * STEP
 
 
 def test_a_window_hides_older_positions_from_every_row_of_a_block():

@@ -12,8 +12,11 @@ from tts.cached_model import CachedModel
 from tts.llama import straighten
 from tts.packing import ROWS, PackedLinear, can_pack, pack
 
+packs = pytest.mark.skipif(
+    not can_pack("cpu", torch.bfloat16), reason="no FBGEMM on this CPU: nothing is packed"
+)
 exact_blocks = pytest.mark.skipif(
-    not can_pack("cpu", torch.bfloat16)
+    packs.args[0]
     or torch.backends.cpu.get_cpu_capability() != "AVX512"
     or torch.cpu._is_amx_tile_supported(),
     reason="the order of sums was looked into on CPUs with AVX-512 and without AMX alone",
@@ -102,10 +105,9 @@ def test_a_row_of_attention_is_the_same_in_every_block(heads, first):
         assert torch.equal(rows(32 - size, 32), alone[:, -size:]), size
 
 
+@packs
 @pytest.mark.parametrize("rows", [1, 2, 5, 9, ROWS, ROWS + 1])
 def test_packed_products_are_the_products_and_a_row_is_the_same_in_every_block(rows):
-    if not can_pack("cpu", torch.bfloat16):
-        pytest.skip("no FBGEMM on this CPU: nothing is packed")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(576, 1536, bias=False), nn.Linear(1536, 96)).bfloat16()
     x = torch.randn(1, rows, 576).bfloat16()
@@ -121,9 +123,8 @@ def test_packed_products_are_the_products_and_a_row_is_the_same_in_every_block(r
             assert torch.equal(model(x), torch.cat(alone, 1))
 
 
+@packs
 def test_usual_weights_keep_their_exact_value():
-    if not can_pack("cpu", torch.bfloat16):
-        pytest.skip("no FBGEMM on this CPU: nothing is packed")
     torch.manual_seed(0)
     exponents = torch.arange(-17, 16).repeat(64, 1)
     weight = (torch.ldexp(1 + torch.rand(64, 33), exponents)).bfloat16().clamp(max=65000)
@@ -134,9 +135,8 @@ def test_usual_weights_keep_their_exact_value():
         assert torch.equal(layer(torch.eye(33).bfloat16()[:ROWS]).T, weight[:, :ROWS])
 
 
+@packs
 def test_packing_again_takes_up_new_weights_and_float32_is_left_alone():
-    if not can_pack("cpu", torch.bfloat16):
-        pytest.skip("no FBGEMM on this CPU: nothing is packed")
     layer = nn.Sequential(nn.Linear(64, 64, bias=False)).bfloat16()
     x = torch.randn(3, 64).bfloat16()
     pack(layer)

@@ -19,8 +19,10 @@ from transformers.cache_utils import (
 
 from tts.errors import UserError
 
-BLOCK = 1024  # positions added when a buffer is full
-# A row stride of a large power of two maps all rows to the same few cache sets.
+# positions added when a buffer is full, a multiple of what attention reads in one go: up to the next
+# multiple of `tts.attention.STEP` behind the newest position there is always room
+BLOCK = 1024
+# a row stride of a large power of two maps all rows to the same few cache sets
 STRIDE_PAD = 32
 
 

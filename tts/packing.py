@@ -49,12 +49,11 @@ class PackedLinear(nn.Linear):
     low_rank: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        wide = input.float()
         if torch.is_grad_enabled() or input.numel() > ROWS * self.in_features:
             result = super().forward(input)
         else:
-            result = torch.ops.quantized.linear_dynamic_fp16(wide, self.packed)
+            result = torch.ops.quantized.linear_dynamic_fp16(input.float(), self.packed)
         if self.low_rank is not None:
             down, up = self.low_rank
-            result = result + wide @ down @ up
+            result = result + input.float() @ down @ up
         return result.to(input.dtype)
