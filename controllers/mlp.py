@@ -160,6 +160,7 @@ class Mlp:
         self.weights = np.zeros(sum(math.prod(shape) for shape in SHAPES))
         self._parts = split(self.weights)  # views: only ever write into the weights
         self._parts[0][:] = self._rng.normal(0, len(FEATURES) ** -0.5, SHAPES[0])
+        self._parts[0][FEATURES.index("compression")] = 0.0  # until it was seen to matter
         self._parts[2][:] = self._rng.normal(0, 0.05, SHAPES[2])
         self._parts[3][:] = math.log(PRIOR / (1 - PRIOR))
         self._moments = np.zeros((2, len(self.weights)))

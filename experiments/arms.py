@@ -19,6 +19,7 @@ class Arm(NamedTuple):
     draft: bool = False  # the draft learns
     window: bool = False  # the draft sees only its newest context
     lookup: bool = False  # what comes back is copied, the draft does the rest
+    memory: bool = False  # what the target said where the draft was in a like state comes back
     gamma: int | None = None  # instead of the one asked for
 
 
@@ -28,7 +29,12 @@ ARMS = {
     "window": Arm(window=True),
     "draft": Arm(draft=True),
     "draft_window": Arm(draft=True, window=True),
+    "memory": Arm(memory=True),
+    "memory_draft": Arm(memory=True, draft=True),
     "gamma": Arm(policy="mlp"),
+    "memory_gamma": Arm(policy="mlp", memory=True),
+    "memory_both": Arm(policy="mlp", memory=True, draft=True),
+    "memory_lookup": Arm(policy="mlp", memory=True, lookup=True),
     "both": Arm(policy="mlp", draft=True),
     "lookup": Arm(policy="mlp", lookup=True),
     "lookup_both": Arm(policy="mlp", lookup=True, draft=True),
@@ -36,8 +42,10 @@ ARMS = {
 }
 
 
-def build(name: str, pair: ModelPair, options: SpeculationOptions) -> SpeculativeDecoder:
-    """The decoder of the arm ``name``."""
+def build(
+    name: str, pair: ModelPair, options: SpeculationOptions, remember: bool = False
+) -> SpeculativeDecoder:
+    """The decoder of the arm ``name``; ``remember``: with a memory, whatever the arm says."""
     arm = ARMS[name]
     return SpeculativeDecoder(
         pair,
@@ -46,6 +54,7 @@ def build(name: str, pair: ModelPair, options: SpeculationOptions) -> Speculativ
         acceptance=options.acceptance,
         draft_window=options.window if arm.window else None,
         lookup=PromptLookup(shortest=options.lookup) if arm.lookup else None,
+        memory=options.memory if arm.memory or remember else None,
     )
 
 

@@ -25,7 +25,7 @@ from experiments.results import Results
 from experiments.workload import PathFile
 from tts.chat import ChatFormat
 from tts.distill.config import DistillConfig
-from tts.drafting import PromptLookup
+from tts.drafting import Memory, PromptLookup
 from tts.engine import SpeculativeDecoder
 from tts.errors import UserError
 from tts.models import ModelPair
@@ -44,9 +44,10 @@ class Bench(ModelOptions, TextOptions):
         segment_tokens: new tokens an arm and segment.
         gammas: our fixed lengths; 0 is the target alone.
         lengths: transformers' constant lengths.
-        learners: also time the gamma MLP, and the draft that learns.
+        learners: also time the gamma MLP, the draft that learns, and the one that remembers.
         learning_gamma: fixed length of one more arm whose draft learns (0: none).
         distill: how the draft learns.
+        memory: what it remembers of the target's words.
         peers: also time transformers.
         results: folder for all results.
         run_id: a new one if empty.
@@ -60,6 +61,7 @@ class Bench(ModelOptions, TextOptions):
     learners: bool = True
     learning_gamma: int = 0
     distill: DistillConfig = field(default_factory=DistillConfig)
+    memory: Memory = field(default_factory=Memory)
     peers: bool = True
     results: str = "results"
     run_id: str = ""
@@ -149,10 +151,19 @@ def _arms(config: Bench, pair: ModelPair) -> dict[str, Arm]:
     if config.learners:
         # a segment is short: what they learn is carried from one to the next
         distill = replace(config.distill, scope="session")
-        for name, lookup in (("", None), (", lookup", PromptLookup())):
-            for learns, how in (("", None), (" and draft learn", distill)):
-                policy = make_policy("mlp", compression=pair.compression)
-                arms[f"ours, gamma MLP{learns}{name}"] = _ours(pair, policy, how, lookup)
+        for name, learns, memory, lookup in (
+            ("", None, None, None),
+            (" and draft learn", distill, None, None),
+            (", lookup", None, None, PromptLookup()),
+            (", memory", None, config.memory, None),
+            (", memory, lookup", None, config.memory, PromptLookup()),
+            (" and draft learn, memory, lookup", distill, config.memory, PromptLookup()),
+        ):
+            policy = make_policy("mlp", compression=pair.compression)
+            arms[f"ours, gamma MLP{name}"] = _ours(pair, policy, learns, lookup, memory)
+        for gamma in filter(None, config.gammas):
+            policy = make_policy("fixed", gamma=gamma)
+            arms[f"ours, gamma {gamma}, memory"] = _ours(pair, policy, memory=config.memory)
         if config.learning_gamma:
             arms[f"ours, gamma {config.learning_gamma}, draft learns"] = _ours(
                 pair, make_policy("fixed", gamma=config.learning_gamma), distill
@@ -183,8 +194,9 @@ def _ours(
     policy: LengthPolicy,
     distill: DistillConfig | None = None,
     lookup: PromptLookup | None = None,
+    memory: Memory | None = None,
 ) -> Arm:
-    decoder = SpeculativeDecoder(pair, policy=policy, distill=distill, lookup=lookup)
+    decoder = SpeculativeDecoder(pair, policy=policy, distill=distill, lookup=lookup, memory=memory)
 
     def arm(prompt: torch.Tensor, config: GenerationConfig, seed: int, clock: Clock) -> None:
         decoder.generate(prompt, generation_config=config, seed=seed, streamer=clock)

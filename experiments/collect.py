@@ -15,12 +15,13 @@ from experiments.decode import decode
 from experiments.options import TextOptions
 from experiments.steps import Step
 from experiments.workload import Dialogue
+from tts.drafting import Memory
 from tts.engine import SpeculativeDecoder
 from tts.errors import UserError
 from tts.models import ModelPair
 from tts.policy import LengthPolicy, RoundOutcome, RoundState
 
-TIMED = 12  # prompts on which every gamma takes its turn, for its time
+TIMED, TIMED_TOKENS = 12, 72  # prompts on which every gamma takes its turn, for its time; of each
 
 
 class Watched(Plain):
@@ -53,7 +54,11 @@ class InTurn(Plain):
 
 
 def collect(
-    pair: ModelPair, prompts: list[Dialogue], text: TextOptions, cap: int
+    pair: ModelPair,
+    prompts: list[Dialogue],
+    text: TextOptions,
+    cap: int,
+    memory: Memory | None = None,
 ) -> Iterator[tuple[Step, torch.Tensor]]:
     """The steps of all ``prompts``, and the draft's states `[cap, width]` in each.
 
@@ -61,12 +66,14 @@ def collect(
         UserError: if the texts are too short to time every gamma.
     """
 
-    def follow(policy: LengthPolicy, prompt: Dialogue) -> None:
-        decode(SpeculativeDecoder(pair, policy=policy, acceptance="coupled"), prompt, text)
+    def follow(policy: LengthPolicy, prompt: Dialogue, text: TextOptions = text) -> None:
+        decoder = SpeculativeDecoder(pair, policy=policy, acceptance="coupled", memory=memory)
+        decode(decoder, prompt, text)
 
     turns = InTurn(cap)
+    timed = replace(text, max_new_tokens=min(TIMED_TOKENS, text.max_new_tokens))
     for prompt in prompts[:: max(1, len(prompts) // TIMED)]:
-        follow(turns, prompt)
+        follow(turns, prompt, timed)
     round_ms = [median(times) if times else math.nan for times in turns.ms]
     if math.isnan(sum(round_ms)):
         raise UserError(

@@ -24,7 +24,10 @@ from tts.records import RoundRecord
 
 ALL = "all"
 # arm of `tts run` by mode
-MODES = {"static": "static", "window": "window", "online": "draft", "lookup": "lookup"}
+MODES = {
+    "static": "static", "window": "window", "online": "draft", "memory": "memory",
+    "memory_online": "memory_draft", "lookup": "lookup", "memory_lookup": "memory_lookup",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class Drafters(ModelOptions, TextOptions, SpeculationOptions):
         drafters: names of shipped drafts, folders, hub ids or prompt_lookup; all is every shipped
             one and prompt_lookup.
         path: a file of `tts record`; every arm commits its tokens.
-        modes: of static, window, online, and lookup (with the gamma MLP alone).
+        modes: of static, window, online, memory, memory_online, and with the gamma MLP alone lookup
+            and memory_lookup.
         policies: of fixed (at gamma) and mlp.
         segment_tokens: after so many the next arm has its turn.
         results: folder for all results.
@@ -63,7 +67,7 @@ class Drafters(ModelOptions, TextOptions, SpeculationOptions):
                 raise UserError(f"policies: {policy!r} is not one of fixed, mlp")
         if not self.drafters or not self.modes or not self.policies:
             raise UserError("drafters, modes, policies: name at least one of each")
-        if set(self.modes) == {"lookup"} and "mlp" not in self.policies:
+        if set(self.modes) <= {"lookup", "memory_lookup"} and "mlp" not in self.policies:
             raise UserError("policies: the mode lookup is for the gamma MLP alone: name mlp")
 
 
@@ -110,8 +114,8 @@ def _arms(name: str, config: Drafters) -> dict[str, SpeculativeDecoder]:
     made = {}
     for policy in config.policies:
         for mode in config.modes:
-            if name == PROMPT_LOOKUP and mode in ("online", "lookup"):
-                continue  # nothing to train, and it copies anyway
+            if name == PROMPT_LOOKUP and mode not in ("static", "window"):
+                continue  # nothing to train, no state to remember by, and it copies anyway
             if ARMS[MODES[mode]].policy not in ("", policy):
                 continue  # copies are for the MLP, which knows what they cost
             options = replace(config, policy=policy)

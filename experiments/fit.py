@@ -6,7 +6,7 @@ which threshold), a fifth to report on.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,13 @@ class Fit:
     """Fit the gamma MLP, SpecKV's regressor and SpecDec++'s head to step records.
 
     Args:
-        records: a file of `tts profile --records`.
+        records: files of `tts profile --records`.
         epochs: passes over the examples at most.
         seed: of everything random.
         out: folder of the weights ("": those that `make_policy` starts from).
     """
 
-    records: str = ""
+    records: tuple[str, ...] = ()
     epochs: int = 30
     seed: int = 0
     out: str = ""
@@ -73,20 +73,21 @@ class Data:
         return Data(chosen, self.hidden[torch.tensor(kept)])
 
     def runs(self) -> list[list[Step]]:
-        """Steps of one prompt and one compression each."""
-        made: dict[tuple[str, str], list[Step]] = {}
+        """Steps of one text each, from its first on."""
+        made: list[list[Step]] = []
         for step in self.steps:
-            made.setdefault((step.compression, step.prompt), []).append(step)
-        return list(made.values())
+            if step.step == 0:
+                made.append([])
+            made[-1].append(step)
+        return made
 
 
 def fit(config: Fit) -> dict[str, Any]:
     """Fit, write, report on prompts that nothing was fitted or chosen on."""
     if not config.records:
-        raise UserError("records: give a file of `tts profile --records`")
-    steps = read(config.records)
-    hidden, draft = read_hidden(config.records, len(steps))
-    train, held, test = split(Data(steps, hidden))
+        raise UserError("records: give files of `tts profile --records`")
+    data, draft = read_all(config.records)
+    train, held, test = split(data)
     out = Path(config.out) if config.out else WEIGHTS
     out.mkdir(parents=True, exist_ok=True)
     mlp = fit_mlp(train, held, config)
@@ -108,6 +109,21 @@ def fit(config: Fit) -> dict[str, Any]:
     }  # fmt: skip
     _show(summary)
     return summary
+
+
+def read_all(files: Sequence[str]) -> tuple[Data, str]:
+    """The steps of all ``files`` with their states, and the fingerprint of the draft.
+
+    Raises:
+        UserError: for a file that `read` or `read_hidden` refuses, or files of several drafts.
+    """
+    steps = [read(file) for file in files]
+    hidden = [read_hidden(file, len(of)) for file, of in zip(files, steps, strict=True)]
+    drafts = {draft for _, draft in hidden}
+    if len(drafts) > 1:
+        raise UserError(f"records: {', '.join(files)} are of several drafts: fit each alone")
+    states = torch.cat([of for of, _ in hidden])
+    return Data(list(chain.from_iterable(steps)), states), drafts.pop()
 
 
 def split(data: Data) -> tuple[Data, Data, Data]:

@@ -7,7 +7,7 @@ from transformers import GenerationConfig
 
 from controllers import WEIGHTS, make_policy
 from tts.distill.config import DistillConfig
-from tts.drafting import PromptLookup
+from tts.drafting import Memory, PromptLookup
 from tts.engine import ACCEPTANCE
 from tts.errors import UserError
 from tts.models import ModelPair, load_pair
@@ -106,6 +106,7 @@ class SpeculationOptions:
         cap: largest gamma of any other policy (None: its authors' own).
         lookup: tokens that have to match to be copied after, of the arms ``lookup...``.
         window: sliding window over the draft's context, of the arms ``window``, ``draft_window``.
+        memory: what the arms ``memory...`` remember of the target's words.
         distill: how the draft learns in the arms that let it.
         draft_updates: False: no arm's draft learns.
         gamma_updates: False: no arm's gamma MLP learns; it stays as it was fitted.
@@ -118,6 +119,7 @@ class SpeculationOptions:
     cap: int | None = None
     lookup: int = 1
     window: int = 256
+    memory: Memory = field(default_factory=Memory)
     distill: DistillConfig = field(default_factory=DistillConfig)
     draft_updates: bool = True
     gamma_updates: bool = True

@@ -44,6 +44,7 @@ class Policies(ModelOptions, TextOptions, SpeculationOptions):
         paths: files of `tts record`, each of another compression of the target.
         gammas: fixed lengths; the best of them in hindsight is what the others are compared with.
         arms: policies, by the names that `tts run` has for them; gamma is ours.
+        remember: give the draft of every arm a memory.
         or_none: of these arms, also a variant that may stop drafting.
         segment_tokens: after so many the next arm has its turn.
         results: folder for all results.
@@ -53,6 +54,7 @@ class Policies(ModelOptions, TextOptions, SpeculationOptions):
     paths: tuple[str, ...] = ()
     gammas: tuple[int, ...] = (0, 1, 2, 3, 4, 6, 8)
     arms: tuple[str, ...] = (OURS, *PUBLISHED, ORACLE)
+    remember: bool = False
     or_none: tuple[str, ...] = ("svip", "confidence", "speckv", "specdecpp")
     segment_tokens: int = 32
     conversations: int = 0
@@ -122,13 +124,16 @@ def _decode(config: Policies, dialogues: list[RecordedDialogue], results: Result
 
 
 def _arms(config: Policies, pair: ModelPair) -> dict[str, SpeculativeDecoder]:
+    def arm(name: str, config: Policies = config) -> SpeculativeDecoder:
+        return build(name, pair, config, config.remember)
+
     made = {
-        f"fixed {gamma}": build("static", pair, replace(config, policy="fixed", gamma=gamma))
+        f"fixed {gamma}": arm("static", replace(config, policy="fixed", gamma=gamma))
         for gamma in config.gammas
     }
-    made |= {name: build(name, pair, config) for name in config.arms}
+    made |= {name: arm(name) for name in config.arms}
     for name in config.or_none:
-        decoder = build(name, pair, config)
+        decoder = arm(name)
         decoder.policy = OrNone(decoder.policy)
         made[f"{name} or none"] = decoder
     return made

@@ -24,7 +24,7 @@ from experiments.signals import show_signals, signal_summary
 from experiments.workload import dialogues
 from tts.cached_model import CachedModel
 from tts.compression import COMPRESSION, check_compression
-from tts.drafting import make_drafter
+from tts.drafting import Memory, make_drafter
 from tts.errors import UserError
 from tts.fingerprint import model_fingerprint
 from tts.models import ModelPair
@@ -44,6 +44,7 @@ class Profile(ModelOptions, TextOptions):
             the shipped one of four tasks by default.
         compressions: of the target, each of which decodes the whole workload.
         cap: tokens drafted at every state.
+        memory: what the draft of the records is reminded of (None: nothing).
     """
 
     workload: str = "tasks"
@@ -56,6 +57,7 @@ class Profile(ModelOptions, TextOptions):
     records: str = ""
     compressions: tuple[str, ...] = COMPRESSION
     cap: int = 8
+    memory: Memory | None = None
 
     @property
     def gammas(self) -> tuple[int, ...]:
@@ -104,7 +106,7 @@ def _records(config: Profile) -> dict[str, Any]:
     prompts, written, states = dialogues(config), [], []
     for compression in config.compressions:
         pair = replace(config, compression=compression).load()
-        for step, hidden in collect(pair, prompts, config, config.cap):
+        for step, hidden in collect(pair, prompts, config, config.cap, config.memory):
             steps.append(file, step)
             written.append(step)
             states.append(hidden)

@@ -36,8 +36,8 @@ def test_every_drafter_and_mode_is_a_row(folders, capsys):
     assert main(arguments) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = summary["arms"]
-    # nothing is online that has nothing to train; beside a head, what comes back can be copied
-    assert len(rows) == 1 + 2 * (3 + 3 + 2) + 2
+    # what only copies neither learns nor remembers; beside a head, what comes back can be copied
+    assert len(rows) == 1 + 2 * (5 + 5 + 2) + 2 * 2
     assert {row["tokens"] for row in rows.values()} == {rows["target"]["tokens"]}
     for name in names[:2]:
         assert rows[f"{name}, online, fixed"]["updates"] > 0

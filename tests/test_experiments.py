@@ -209,7 +209,8 @@ def test_bench_times_ours_and_transformers_own(tts, tmp_path):
     medians = json.loads(out.splitlines()[-1])["tok_s_median"]
     assert set(medians) == {
         "ours, gamma 0", "ours, gamma 2", "ours, gamma MLP", "ours, gamma MLP and draft learn",
-        "ours, gamma MLP, lookup", "ours, gamma MLP and draft learn, lookup",
+        "ours, gamma MLP, lookup", "ours, gamma MLP, memory", "ours, gamma MLP, memory, lookup",
+        "ours, gamma MLP and draft learn, memory, lookup", "ours, gamma 2, memory",
         "ours, gamma 2, draft learns", "transformers, plain", "transformers, plain, our kernels",
         "transformers, assisted, default", "transformers, assisted, constant 2",
         "transformers, assisted, heuristic", "transformers, prompt lookup",
@@ -227,7 +228,7 @@ def test_profile_prints_costs_beside_the_floor(tts):
 
 def test_the_four_arms_share_one_text_and_show_their_updates(tts, tmp_path):
     code, out, _ = tts(
-        "run", "--arms=[static,draft,gamma,both,lookup_both]", "--run-id=four",
+        "run", "--arms=[static,draft,gamma,both,lookup_both,memory_both]", "--run-id=four",
         "--distill.stride=4", "--distill.max-update-share=1", "--distill.window=4",
         "--distill.rank=2",
     )  # fmt: skip
@@ -237,11 +238,13 @@ def test_the_four_arms_share_one_text_and_show_their_updates(tts, tmp_path):
     assert last["arms"]["static"]["num_updates"] == last["arms"]["gamma"]["num_updates"] == 0
     assert {arm["path_mismatches"] for arm in last["arms"].values()} == {0}
     assert set(last["ahead_of_static_from"]) == {
-        f"{text}/{arm}" for text in "ab" for arm in ("draft", "gamma", "both", "lookup_both")
+        f"{text}/{arm}"
+        for text in "ab"
+        for arm in ("draft", "gamma", "both", "lookup_both", "memory_both")
     }
     rows = (tmp_path / "results" / "run" / "four" / "metrics.jsonl").read_text().splitlines()
     updates = [row for row in map(json.loads, rows) if row["update"]]
-    assert {row["arm"] for row in updates} <= {"draft", "both", "lookup_both"}
+    assert {row["arm"] for row in updates} <= {"draft", "both", "lookup_both", "memory_both"}
     code, out, _ = tts("run", "--arms=[draft,both]", "--run-id=off", "--no-draft-updates")
     assert code == 0
     arms = json.loads(out.strip().splitlines()[-1])["arms"]

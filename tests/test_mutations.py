@@ -12,6 +12,7 @@ from tests import (
     test_engine,
     test_kernels,
     test_learning,
+    test_memory,
     test_prompt_lookup,
     tiny,
 )
@@ -26,6 +27,7 @@ from tts.drafting.autoregressive import AutoregressiveDrafter
 from tts.drafting.dflash import DFlashDrafter
 from tts.drafting.eagle3_model import Eagle3
 from tts.drafting.features import FeatureDrafter
+from tts.drafting.memory import Recall
 from tts.drafting.prompt_lookup import PromptLookupDrafter
 from tts.evidence import Evidence
 from tts.sampling import Coupled, Warper
@@ -185,6 +187,21 @@ def drafts_stay_known_after_they_were_judged(patch):
     patch.setattr(PromptLookupDrafter, "_know", lambda self, *args: honest(self, *args)[:0])
 
 
+def a_row_knows_what_is_said_at_it(patch):
+    patch.setattr(torch.Tensor, "masked_fill_", lambda self, mask, value: self)
+
+
+def rejected_states_are_kept(patch):
+    honest = Recall.hear
+
+    def hear(self, logits, first):
+        left = self._states.copy()
+        honest(self, logits, first)
+        self._states |= {p: state for p, state in left.items() if p >= first + len(logits)}
+
+    patch.setattr(Recall, "hear", hear)
+
+
 def a_row_reads_as_far_as_its_block(patch):
     patch.setattr("tts.attention.STEP", 2**20)
 
@@ -232,6 +249,10 @@ LIST = [
          tiny.pair(architecture), (0, 1), 100, lookup=test_prompt_lookup.LOOKUP), "llama3.1"),
     (drafts_stay_known_after_they_were_judged,
      without_architecture(test_prompt_lookup.test_drafts_are_forgotten_once_they_are_judged), ""),
+    (a_row_knows_what_is_said_at_it,
+     without_architecture(test_memory.check_a_row_knows_earlier_positions_alone), ""),
+    (rejected_states_are_kept,
+     without_architecture(test_memory.check_a_rejected_state_is_forgotten), ""),
     *((mutation, without_architecture(
         test_drafters.check_replay, family=PAIRS[name]), "")
       for mutation, name in ((a_chain_forgets_its_own_steps, "eagle3"),

@@ -84,7 +84,7 @@ def test_the_states_beside_the_records_are_those_of_the_draft(recorded):
 
 def test_fit_writes_what_the_policies_start_from(recorded, tmp_path, capsys):
     out = tmp_path / "weights"
-    code = main(["fit", f"--records={recorded / 'steps.jsonl'}", f"--out={out}", "--epochs=3"])
+    code = main(["fit", f"--records=[{recorded / 'steps.jsonl'}]", f"--out={out}", "--epochs=3"])
     printed = capsys.readouterr().out
     assert code == 0
     summary = json.loads(printed.strip().splitlines()[-1])
@@ -178,7 +178,7 @@ def test_records_that_cannot_be_used_are_refused_in_a_sentence(tmp_path, capsys,
         content = json.dumps(asdict(step()) | content)
     if content is not None:
         file.write_text(content)
-    assert main(["fit", f"--records={file}", f"--out={tmp_path / 'out'}"]) == 2
+    assert main(["fit", f"--records=[{file}]", f"--out={tmp_path / 'out'}"]) == 2
     err = capsys.readouterr().err
     assert message in err
     assert len(err.strip().splitlines()) == 1
@@ -188,10 +188,10 @@ def test_states_of_other_records_and_too_few_prompts_are_refused(tmp_path, capsy
     file = tmp_path / "steps.jsonl"
     steps.append(file, step())
     steps.write_hidden(file, [torch.zeros(8, 4)] * 2, "a")
-    assert main(["fit", f"--records={file}"]) == 2
+    assert main(["fit", f"--records=[{file}]"]) == 2
     assert "holds states of 2 steps" in capsys.readouterr().err
     steps.write_hidden(file, [torch.zeros(8, 4)], "a")
-    assert main(["fit", f"--records={file}", f"--out={tmp_path / 'out'}"]) == 2
+    assert main(["fit", f"--records=[{file}]", f"--out={tmp_path / 'out'}"]) == 2
     assert "a split needs 5" in capsys.readouterr().err
 
 

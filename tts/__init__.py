@@ -6,6 +6,7 @@ from typing import Any
 _PUBLIC = {
     "Conversation": "tts.conversation",
     "GenerationResult": "tts.engine",
+    "Memory": "tts.drafting",
     "ModelPair": "tts.models",
     "Session": "tts.engine",
     "PromptLookup": "tts.drafting",

@@ -19,8 +19,8 @@ from transformers.cache_utils import (
 
 from tts.errors import UserError
 
-# positions added when a buffer is full, a multiple of what attention reads in one go: up to the next
-# multiple of `tts.attention.STEP` behind the newest position there is always room
+# positions added when a buffer is full; a multiple of `tts.attention.STEP`, so that there is always
+# room up to the next multiple of it
 BLOCK = 1024
 # a row stride of a large power of two maps all rows to the same few cache sets
 STRIDE_PAD = 32

@@ -23,7 +23,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from tts.cached_model import CachedModel, Rows
 from tts.custom_generate import check_handover, own_criteria
 from tts.distill.config import DistillConfig
-from tts.drafting import PromptLookup, PromptLookupDrafter, make_drafter
+from tts.drafting import Memory, PromptLookup, PromptLookupDrafter, make_drafter
 from tts.drafting.protocol import Drafter, Proposal, TrainableDrafter
 from tts.errors import UserError
 from tts.evidence import Rows as Evidence
@@ -105,6 +105,8 @@ class SpeculativeDecoder:
         draft_window: sliding window over the draft's context (None: all of it).
         lookup: copy what followed the last time where the newest tokens match, and let the draft
             do the rest (None: it does all).
+        memory: mix into the draft what the target said where the draft was in a like state (None:
+            the draft as it is).
 
     Raises:
         UserError: for an unknown rule, a window below 1, or a draft that cannot learn.
@@ -119,13 +121,14 @@ class SpeculativeDecoder:
         acceptance: str = "rejection",
         draft_window: int | None = None,
         lookup: PromptLookup | None = None,
+        memory: Memory | None = None,
     ) -> None:
         if acceptance not in ACCEPTANCE:
             raise UserError(f"acceptance: {acceptance!r} is not one of {', '.join(ACCEPTANCE)}")
         if draft_window is not None and draft_window < 1:
             raise UserError(f"draft_window: {draft_window} sees nothing: use at least 1, or none")
         self.pair, self.policy, self.acceptance = pair, policy, acceptance
-        self._draft_window, self._lookup = draft_window, lookup
+        self._draft_window, self._lookup, self._memory = draft_window, lookup, memory
         self.coordinator = None if distill is None else _coordinator(pair, distill)
         text = pair.target.config.get_text_config()
         self._context: int = text.max_position_embeddings
@@ -135,7 +138,7 @@ class SpeculativeDecoder:
         """Empty caches for a sequence; hand it to `generate` again to extend the sequence."""
         draft = self.pair.draft if self.coordinator is None else self.coordinator.live
         window, device = self._draft_window, self.pair.target.device
-        drafter = make_drafter(draft, self._vocab_size, window, device)
+        drafter = make_drafter(draft, self._vocab_size, window, device, self._memory)
         lesson = None
         if self.coordinator is not None:  # else the drafter may be one that cannot learn
             lesson = self.coordinator.lesson(cast(TrainableDrafter, drafter))
@@ -193,7 +196,10 @@ class SpeculativeDecoder:
         clock = Stopwatch(self.pair.target.device)
         features = None
         if session.target.length < start - 1:
-            features = session.target.feed(session.sequence[session.target.length : -1]).features
+            unread = session.sequence[session.target.length : -1]
+            rows = session.target.feed(unread, max(1, min(session.drafter.hears, len(unread))))
+            session.drafter.hear(rows.logits, start - len(rows.logits))
+            features = rows.features
         session.drafter.prefill(session.sequence, features)
         prefill_ms = clock.lap()
         rounds: list[RoundRecord] = []
@@ -292,6 +298,7 @@ class SpeculativeDecoder:
         )
         verify_ms = clock.lap()
 
+        session.drafter.hear(rows.logits[: cut.kept], context)
         if session.pending and (reason or len(session.pending) >= MAX_LAG):
             late = session.drafter.catch_up(sequence, len(session.pending))
             overlaps += _settle(session, late)

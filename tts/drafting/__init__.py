@@ -7,10 +7,12 @@ from transformers import PreTrainedModel
 
 from tts.cached_model import CachedModel
 from tts.drafting.autoregressive import AutoregressiveDrafter
+from tts.drafting.chain import ChainDrafter
 from tts.drafting.dflash import DFlashDrafter
 from tts.drafting.dflash_model import DFlash
 from tts.drafting.eagle3 import Eagle3Drafter
 from tts.drafting.eagle3_model import Eagle3
+from tts.drafting.memory import Memory, Recall
 from tts.drafting.pard import PardDrafter, mask_token
 from tts.drafting.prompt_lookup import PromptLookup, PromptLookupDrafter
 from tts.drafting.protocol import Drafter, TrainableDrafter
@@ -26,6 +28,7 @@ def make_drafter(
     vocab_size: int,
     window: int | None = None,
     device: torch.device | str = "cpu",
+    memory: Memory | None = None,
 ) -> Drafter:
     """A drafter with empty caches.
 
@@ -34,10 +37,20 @@ def make_drafter(
         vocab_size: ids of the target.
         window: sliding window over the draft's context (None: the whole context).
         device: of the target, where copies go; a model is where it is.
+        memory: of what the target said in like states of the draft (None: none).
+
+    Raises:
+        UserError: for the memory of a drafter that has no states.
     """
     if isinstance(draft, PromptLookup):
+        if memory is not None:
+            raise UserError("memory: prompt_lookup has no states to remember by: give a model")
         return PromptLookupDrafter(draft, window, device=device)
-    return _family(draft)(draft, vocab_size, window)
+    drafter: Drafter = _family(draft)(draft, vocab_size, window)
+    if memory is not None:
+        assert isinstance(drafter, ChainDrafter)
+        drafter.memory = Recall(memory, drafter.columns, vocab_size)
+    return drafter
 
 
 def trainable(draft: Draft) -> tuple[PreTrainedModel, type[TrainableDrafter]]:

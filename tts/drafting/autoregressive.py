@@ -47,7 +47,8 @@ class AutoregressiveDrafter(ChainDrafter):
     def prefill(self, sequence: list[int], features: torch.Tensor | None) -> None:
         missing = sequence[self._cached.length : -1]
         if missing:
-            self._feed(missing)
+            rows = self._feed(missing, keep=max(1, min(self.hears, len(missing))))
+            self._see(rows.hidden, len(sequence))
 
     def _first_rows(self, sequence: list[int], gamma: int, pending: int) -> Rows:
         rows = self._feed(sequence[self._cached.length :], keep=pending + 1)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 
 from tts.cached_model import Rows
+from tts.drafting.memory import Recall
 from tts.drafting.protocol import Draw, Proposal
 from tts.policy import Signals, signals
 from tts.sampling import Distribution, Warper, join
@@ -16,9 +17,18 @@ class ChainDrafter(ABC):
 
     columns: torch.Tensor | None  # token id of each logit column (None: the column itself)
     longest: int | None = None  # drafts of a round (None: any number)
+    memory: Recall | None = None  # of what the target said
 
     def begin(self, warper: Callable[..., Warper]) -> None:
         self._warp = warper(self.columns)
+
+    @property
+    def hears(self) -> int:
+        return 0 if self.memory is None else self.memory.capacity
+
+    def hear(self, logits: torch.Tensor, first: int) -> None:
+        if self.memory is not None:
+            self.memory.hear(logits, first)
 
     def at_hand(self, sequence: list[int]) -> float | None:
         return None
@@ -32,8 +42,8 @@ class ChainDrafter(ABC):
         proceed: Callable[[Signals], bool],
     ) -> Proposal:
         gamma = min(gamma, self.longest or gamma)
-        rows = self._first_rows(sequence, gamma, pending)
         start = len(sequence)
+        rows = self._recall(self._first_rows(sequence, gamma, pending), start - pending)
         warped = self._warp(rows.logits, sequence, start - pending)
         late = warped[:pending] if pending else None
         tokens: list[int] = []
@@ -49,12 +59,20 @@ class ChainDrafter(ABC):
             drawn.append(q)
             if len(tokens) == gamma or not proceed(said[-1]):
                 return Proposal(tokens, join(drawn), said, late)
-            rows = self._next_row(tokens)
+            rows = self._recall(self._next_row(tokens), start + len(tokens))
             q = self._warp(rows.logits, sequence + tokens, start + len(tokens))
 
     def catch_up(self, sequence: list[int], pending: int) -> Distribution:
-        rows = self._late_rows(sequence, pending)
-        return self._warp(rows.logits, sequence, len(sequence) - pending)
+        first = len(sequence) - pending
+        rows = self._recall(self._late_rows(sequence, pending), first)
+        return self._warp(rows.logits, sequence, first)
+
+    def _see(self, states: torch.Tensor, end: int) -> None:
+        if self.memory is not None:
+            self.memory.see(states, end - len(states))
+
+    def _recall(self, rows: Rows, first: int) -> Rows:
+        return rows if self.memory is None else self.memory.recall(rows, first)
 
     @abstractmethod
     def _first_rows(self, sequence: list[int], gamma: int, pending: int) -> Rows:

@@ -23,6 +23,7 @@ class DFlashDrafter(FeatureDrafter):
     """
 
     least_rows: ClassVar[int] = 1
+    hears = 0  # a prompt's states would take a pass each
 
     def __init__(self, model: Any, vocab_size: int, window: int | None = None) -> None:
         super().__init__(model, vocab_size, window)

@@ -24,7 +24,8 @@ class Eagle3Drafter(FeatureDrafter):
 
     def prefill(self, sequence: list[int], features: torch.Tensor | None) -> None:
         self.commit(len(sequence), features)
-        self._read(sequence[:-1], 0)
+        hidden = self._read(sequence[:-1], min(self.hears, len(sequence) - 1))
+        self._see(self._model.norm(hidden[0]), len(sequence))
 
     @torch.inference_mode()
     def _first_rows(self, sequence: list[int], gamma: int, pending: int) -> Rows:

@@ -83,6 +83,10 @@ class PromptLookupDrafter:
         self._held = [1 - MISS**n for n in range(1, lookup.longest + 1)]  # share of good copies
         self._seen = [PRIOR] * lookup.longest
 
+    @property
+    def hears(self) -> int:
+        return 0 if self._model is None else self._model.hears
+
     def begin(self, warper: Callable[..., Warper]) -> None:
         if self._model is not None:
             self._model.begin(warper)
@@ -149,6 +153,10 @@ class PromptLookupDrafter:
     def commit(self, length: int, features: torch.Tensor | None) -> None:
         if self._model is not None:  # of copies, only committed tokens are ever kept
             self._model.commit(length, features)
+
+    def hear(self, logits: torch.Tensor, first: int) -> None:
+        if self._model is not None:
+            self._model.hear(logits, first)
 
     def _over(self, rows: Distribution, pending: int) -> Distribution:
         """The model's ``rows`` for the newest positions, with copies in their place."""

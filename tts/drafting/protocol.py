@@ -46,12 +46,20 @@ class Drafter(Protocol):
     # hidden states of the target that come with what was committed, `[positions, layers x hidden]`
     layers: tuple[int, ...]
 
+    @property
+    def hears(self) -> int:
+        """How many of a prompt's newest positions are worth the target's word on them."""
+        ...
+
     def begin(self, warper: Callable[..., Warper]) -> None:
         """Start a generation: ``warper(columns)`` makes the warping function of this drafter."""
         ...
 
     def prefill(self, sequence: list[int], features: torch.Tensor | None) -> None:
-        """Take in everything but the newest token of a prompt, and the features of what is new."""
+        """Take in everything but the newest token of a prompt, and the features of what is new.
+
+        What the target says there was heard before.
+        """
         ...
 
     def at_hand(self, sequence: list[int]) -> float | None:
@@ -88,6 +96,15 @@ class Drafter(Protocol):
             length: tokens committed.
             features: of the positions that the target has read since the last call and that stay;
                 the newest token is not among them.
+        """
+        ...
+
+    def hear(self, logits: torch.Tensor, first: int) -> None:
+        """What the target said at committed positions, in reading or verifying them.
+
+        Args:
+            logits: `[positions, vocab]`, before any warping.
+            first: absolute position of the token that the first row predicted.
         """
         ...
 
