@@ -24,13 +24,15 @@ from tts.cached_model import CHUNK, CachedModel
 from tts.chat import ChatFormat
 from tts.coordinator import Coordinator
 from tts.distill.config import DistillConfig
-from tts.drafting import make_drafter
+from tts.drafting import Memory, make_drafter
 from tts.drafting.protocol import TrainableDrafter
 from tts.errors import UserError
 from tts.evidence import Rows
 from tts.models import ModelPair
 from tts.sampling import Distribution, Warper, overlap
 from tts.settings import Sampling
+
+REMEMBERS = "memory."  # what a field of the memory begins with
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,10 @@ class Sweep(ModelOptions):
         conversations: replay only the first so many (0: all).
         draft_window: sliding window over the context of the draft that learns (None: all of it).
         distill: the settings that do not vary.
-        vary: values by field of ``distill``; all combinations are replayed.
+        memory: what the draft remembers, where that does not vary (None: nothing).
+        draft_updates: False: the draft does not learn, only its memory varies.
+        vary: values by field of ``distill``, or of ``memory`` (as ``memory.prior``); all
+            combinations are replayed.
         out: JSON lines file to append to, one line a setting ("": none).
     """
 
@@ -50,18 +55,25 @@ class Sweep(ModelOptions):
     conversations: int = 0
     draft_window: int | None = None
     distill: DistillConfig = field(default_factory=DistillConfig)
+    memory: Memory | None = None
+    draft_updates: bool = True
     vary: dict[str, list[Any]] = field(default_factory=dict)
     out: str = ""
 
-    def settings(self) -> list[tuple[dict[str, Any], DistillConfig]]:
+    def settings(self) -> list[tuple[dict[str, Any], DistillConfig, Memory | None]]:
         """Every combination, by what is special about it."""
         made = []
         for values in itertools.product(*self.vary.values()):
             special = dict(zip(self.vary, values, strict=True))
+            fields = {k: v for k, v in special.items() if not k.startswith(REMEMBERS)}
+            others = {k.removeprefix(REMEMBERS): v for k, v in special.items() if k not in fields}
+            memory = self.memory
             try:
-                made.append((special, replace(self.distill, **special)))
+                if others:
+                    memory = replace(memory or Memory(), **others)
+                made.append((special, replace(self.distill, **fields), memory))
             except TypeError as error:
-                raise UserError(f"vary: {error}: use fields of distill") from None
+                raise UserError(f"vary: {error}: use fields of distill or memory") from None
         return made
 
 
@@ -90,15 +102,21 @@ def sweep(config: Sweep) -> dict[str, Any]:
     }
     static = {name: replay(pair, blocks, sampling, None) for name, blocks in texts.items()}
     lines = []
-    for special, distill in track(settings, "replaying"):
+    for special, distill, memory in track(settings, "replaying"):
         head = pair.target.get_output_embeddings().weight
-        coordinator = Coordinator(pair.draft, head, replace(distill, max_update_share=1.0))
+        coordinator = None
+        if config.draft_updates:
+            coordinator = Coordinator(pair.draft, head, replace(distill, max_update_share=1.0))
         online = {
-            name: replay(pair, blocks, sampling, coordinator, config.draft_window)
+            name: replay(pair, blocks, sampling, coordinator, config.draft_window, memory)
             for name, blocks in texts.items()
         }
+        kept = {
+            "distill": asdict(distill) if config.draft_updates else None,
+            "memory": None if memory is None else asdict(memory),
+        }
         lines.append(
-            {"vary": special, "distill": asdict(distill), "thirds": {
+            {"vary": special, **kept, "thirds": {
                 name: {"static": thirds(static[name]), "online": thirds(online[name])}
                 for name in texts
             }}
@@ -155,10 +173,14 @@ def replay(
     sampling: Sampling,
     coordinator: Coordinator | None,
     draft_window: int | None = None,
+    memory: Memory | None = None,
 ) -> list[float]:
     """Overlap at every generated position, each measured before it was learned from."""
     draft = pair.draft if coordinator is None else coordinator.live
-    drafter = make_drafter(draft, pair.target.config.vocab_size, draft_window)
+    head = pair.target.get_output_embeddings()
+    drafter = make_drafter(
+        draft, pair.target.config.vocab_size, draft_window, pair.target.device, memory
+    )
     if coordinator is not None:
         lesson = coordinator.lesson(cast(TrainableDrafter, drafter))
     drafter.begin(lambda columns: Warper(sampling, 0, columns))
@@ -169,6 +191,9 @@ def replay(
             len(block.sequence), None if block.features is None else block.features[read:]
         )
         read = len(block.sequence) - 1
+        if memory is not None:
+            with torch.no_grad():
+                drafter.hear(head(block.rows.hidden), block.rows.first)
         q = drafter.catch_up(block.sequence, len(block.rows))
         values += overlap(block.p, q).tolist()
         if coordinator is not None:

@@ -287,9 +287,18 @@ def test_sweep_replays_a_path_under_every_setting(tts, models, tmp_path):
     static = settings[0]["thirds"]["a"]["static"]
     assert settings[0]["thirds"]["a"]["online"] != static
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 4
-    code, _, err = tts("sweep", f"--path={path}", '--vary={"speed": [1]}', text=False)
-    assert code == 2
-    assert "vary" in err
+    code, out, _ = tts(
+        "sweep", f"--path={path}", "--no-draft-updates", '--vary={"memory.prior": [1e9, 0.01]}',
+        text=False,
+    )  # fmt: skip
+    deaf, heard = json.loads(out.strip().splitlines()[-1])["settings"]
+    assert deaf["distill"] is None
+    assert deaf["thirds"]["a"]["online"] == pytest.approx(static, abs=1e-3)
+    assert heard["thirds"]["a"]["online"] != pytest.approx(static, abs=1e-2)
+    for field in ("speed", "memory.speed"):
+        code, _, err = tts("sweep", f"--path={path}", f'--vary={{"{field}": [1]}}', text=False)
+        assert code == 2
+        assert "vary" in err
 
 
 def test_every_verb_has_help_and_none_needs_a_model_for_it(capsys):
