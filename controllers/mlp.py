@@ -43,9 +43,12 @@ PROBE, RARE_PROBE, PATIENCE = 36, 160, 14  # rounds between probes; doubled afte
 SLOWEST = 4.0  # rounds of gamma 0 that a round of a probe counts as at most
 REST = 4  # of so many rounds at gamma 0 one is timed: what passes wait for slows them fivefold
 PROBE_SHARE = 0.01  # of the time, where nothing else is drafted
-REPLAY, BATCH, STEPS = 128, 24, 2
+REPLAY, BATCH = 512, 56
 EVERY = 8  # new rows between two lessons: numpy's many small calls after each round add up
-STEP_SIZE, FIT_SIZE = 0.003, 0.01  # of Adam, while decoding and offline
+STEP_SIZE, FIT_SIZE = 0.002, 0.01  # of Adam, while decoding and offline
+# small steps forget least, but follow a change of regime slowly: where the mean error of the newest
+# predictions (share a label) is beyond the alarm, the output's bias moves by so much of it a label
+NEWEST, ALARM, SHIFT = 1 / 16, 0.12, 0.3
 
 Array = NDArray[np.float64]
 Round = tuple[RoundState, list[Signals], list[float], int]  # state, signals, labels, num_accepted
@@ -167,6 +170,7 @@ class Mlp:
         self._replay = Examples(np.zeros((REPLAY, len(FEATURES))), np.zeros((REPLAY, 2)))
         self._steps = self._seen = 0  # optimiser steps, rows ever put into the replay
         self._tokens = self._ms = 0.0  # recent rounds, decayed
+        self._off = 0.0  # mean error of the newest predictions
         self._confirmed = 0.0  # probes that confirmed gamma = 0
         self._probe_ms = 0.0  # that a round of a probe has lately taken longer than one of gamma 0
         self._wait = self._interval()
@@ -326,6 +330,10 @@ class Mlp:
         return best
 
     def _learn(self, fresh: Examples) -> None:
+        wrong = fresh.labels[1:, 0] - hazards(self.weights, fresh.features[1:])[:, 0]
+        self._off += NEWEST * float((wrong - self._off).sum())
+        if abs(self._off) > ALARM:
+            self._parts[3][:] += SHIFT * self._off * len(wrong)
         slots = (self._seen + np.arange(len(fresh.features))) % REPLAY
         for kept, new in zip(self._replay, fresh, strict=True):
             kept[slots] = new
@@ -334,10 +342,9 @@ class Mlp:
         if self._seen // EVERY == lessons:
             return
         newest = np.arange(self._seen - EVERY, self._seen) % REPLAY
-        for _ in range(STEPS):
-            old = self._rng.integers(0, min(self._seen, REPLAY), BATCH)
-            rows = np.concatenate([newest, old])
-            self._step(Examples(*(column[rows] for column in self._replay)), STEP_SIZE)
+        old = self._rng.integers(0, min(self._seen, REPLAY), BATCH)
+        rows = np.concatenate([newest, old])
+        self._step(Examples(*(column[rows] for column in self._replay)), STEP_SIZE)
 
     def _step(self, batch: Examples, size: float) -> float:
         """One step of Adam."""
@@ -376,5 +383,5 @@ class Mlp:
 NUMBERS = {
     "steps": int, "seen": int, "tokens": float, "ms": float, "confirmed": float, "wait": float,
     "probe_ms": float, "probing": bool, "again": bool, "behind": bool, "survival": float,
-    "expected": float, "option": float, "resting": bool, "rested": int,
+    "off": float, "expected": float, "option": float, "resting": bool, "rested": int,
 }  # fmt: skip
