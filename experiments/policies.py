@@ -26,7 +26,7 @@ from experiments.workload import PathFile, RecordedDialogue
 from tts.engine import SpeculativeDecoder
 from tts.errors import UserError
 from tts.metrics import Summary, summarise
-from tts.models import ModelPair
+from tts.models import PROMPT_LOOKUP, ModelPair
 from tts.records import RoundRecord
 
 OURS, ORACLE = "gamma", "oracle"
@@ -65,6 +65,8 @@ class Policies(ModelOptions, TextOptions, SpeculationOptions):
     def __post_init__(self) -> None:
         TextOptions.__post_init__(self)
         SpeculationOptions.__post_init__(self)
+        if self.remember and self.draft == PROMPT_LOOKUP:
+            raise UserError(f"remember: {self.draft} has no states to remember by: give a model")
         check_arms(self.arms, self.draft)
         if self.or_none:
             check_arms(self.or_none, self.draft)

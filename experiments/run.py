@@ -32,14 +32,17 @@ class Run(ModelOptions, TextOptions, SpeculationOptions):
 
     Args:
         arms: of target (gamma 0), static, window, draft, draft_window, gamma, both, lookup,
-            lookup_both, and the published policies by their names: svip, confidence, ...
+            lookup_both, memory, memory_draft, memory_gamma, memory_both, memory_lookup, and the
+            published policies by their names: svip, confidence, ...
         path: a file of `tts record`; every arm commits its tokens.
         results: folder for all results.
         run_id: a new one if empty.
         wandb: disabled, offline or online.
     """
 
-    arms: tuple[str, ...] = ("target", "static", "draft", "gamma", "both", "lookup")
+    arms: tuple[str, ...] = (
+        "target", "static", "draft", "gamma", "both", "memory", "memory_lookup",
+    )  # fmt: skip
     path: str = ""
     results: str = "results"
     run_id: str = ""

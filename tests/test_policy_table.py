@@ -36,7 +36,7 @@ def test_every_arm_commits_the_path_and_is_held_to_the_best_fixed_gamma(models, 
     code = main([
         "policies", *flags(models), f"--paths=[{path}]", "--gammas=[0,3]", "--segment-tokens=10",
         "--arms=[gamma,svip,bandit,oracle]", "--or-none=[svip]", f"--results={tmp_path}",
-        "--run-id=t",
+        "--run-id=t", "--remember=true",
     ])  # fmt: skip
     assert code == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["regimes"]["none"]
@@ -62,6 +62,7 @@ def test_every_arm_commits_the_path_and_is_held_to_the_best_fixed_gamma(models, 
         (["--gammas=[99]"], "gamma: 99"),
         (["--arms=[draft]"], "lets the draft learn"),
         (["--segment-tokens=1"], "segment_tokens: 1"),
+        (["--remember=true", "--draft=prompt_lookup"], "remember: prompt_lookup has no states"),
         (["--or-none=[clever]"], "arms: 'clever'"),
         (["--paths=[/no/path.json]"], "path: no file"),
     ],
