@@ -7,8 +7,11 @@ import torch
 from transformers import GenerationConfig
 
 from controllers import make_policy
+from experiments.decode import decode
+from experiments.options import TextOptions
+from experiments.workload import FOLDER, PathFile
 from tests.test_kernels import exact_blocks
-from tts import DistillConfig, PromptLookup, SpeculativeDecoder, load_pair
+from tts import DistillConfig, Memory, PromptLookup, SpeculativeDecoder, load_pair
 from tts.cached_model import CachedModel
 from tts.models import PACKAGED
 
@@ -112,6 +115,7 @@ def bfloat16_texts(pair, prompt, new):
     arms: list[dict] = [{"policy": make_policy("fixed", gamma=gamma)} for gamma in (0, 1, 4, 8)]
     arms.append({"policy": make_policy("mlp"), "distill": DistillConfig()} | copies)
     arms.append({"policy": make_policy("heuristic")} | copies)
+    arms.append({"policy": make_policy("mlp"), "memory": Memory()} | copies)
     decoders = [SpeculativeDecoder(pair, acceptance="coupled", **arm) for arm in arms]
     return [decoder.generate(prompt, generation_config=config, seed=3) for decoder in decoders]
 
@@ -154,6 +158,19 @@ def test_every_shipped_draft_is_accepted_and_writes_the_targets_text(pair, name,
     result = decoder.generate(prompt, generation_config=config)
     assert result.sequences.equal(pair.target.generate(prompt, generation_config=config))
     assert result.summary().mean_acceptance_length > least
+
+
+def test_a_memory_helps_the_shipped_draft(half):
+    path = PathFile.read(str(FOLDER / "paths" / "tune.json")).dialogues[0]
+    means = {}
+    for memory in (None, Memory()):
+        decoder = SpeculativeDecoder(
+            half, policy=make_policy("fixed", gamma=0), acceptance="coupled", memory=memory
+        )
+        done = decode(decoder, path, TextOptions(max_new_tokens=256))
+        values = [x for record in done.rounds for x in record.overlap]
+        means[memory is None] = sum(values) / len(values)
+    assert means[False] > 1.05 * means[True]
 
 
 def test_the_shipped_drafts_are_small():
