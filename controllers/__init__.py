@@ -8,8 +8,9 @@ from controllers.adaedl import AdaEdl
 from controllers.bandit import Bandit
 from controllers.confidence import Confidence
 from controllers.fixed import Fixed
+from controllers.hazard import COMPRESSION
 from controllers.heuristic import Heuristic
-from controllers.mlp import COMPRESSION, Mlp
+from controllers.mlp import Mlp
 from controllers.oracle import Oracle
 from controllers.specdecpp import SpecDecPp
 from controllers.speckv import Regressor, SpecKv

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from controllers import WEIGHTS, make_policy
-from controllers.mlp import COMPRESSION, Examples, Mlp, examples, hazards, loss_and_gradient
+from controllers.hazard import COMPRESSION, Examples, examples, hazards, loss_and_gradient
+from controllers.mlp import Mlp
 from controllers.specdecpp import (
     AcceptanceHead,
     SpecDecPp,
@@ -155,13 +156,13 @@ def fit_mlp(train: Data, held: Data, config: Fit) -> Mlp:
     """The gamma MLP at the epoch that is best on ``held``."""
     data, other = mlp_examples(train), mlp_examples(held)
     mlp = Mlp(seed=config.seed)
-    best, weights = np.inf, mlp.weights.copy()
+    best, weights = np.inf, mlp.network.weights.copy()
     for _ in range(config.epochs):
         mlp.train(data, 1)
-        loss, _ = loss_and_gradient(mlp.weights, other)
+        loss, _ = loss_and_gradient(mlp.network.weights, other)
         if loss < best:
-            best, weights = loss, mlp.weights.copy()
-    mlp.weights[:] = weights
+            best, weights = loss, mlp.network.weights.copy()
+    mlp.network.write(weights)
     return mlp
 
 
@@ -265,7 +266,9 @@ def predictions(out: Path, test: Data, seed: int) -> dict[str, Any]:
     with torch.no_grad():
         alpha = head(states).softmax(-1)[:, 1].double().numpy()
     return {
-        "mlp": reliability(hazards(mlp.weights, data.features[known])[:, 0], data.labels[known, 0]),
+        "mlp": reliability(
+            hazards(mlp.network.weights, data.features[known])[:, 0], data.labels[known, 0]
+        ),
         "speckv": reliability(Regressor.load(out / "speckv.json").rate(rows), rates),
         "specdecpp": reliability(alpha, labels.double().numpy()),
     }

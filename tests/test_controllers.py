@@ -11,15 +11,8 @@ from hypothesis import strategies as st
 
 from controllers import CAP, make_policy
 from controllers.cost import CostModel
-from controllers.mlp import (
-    FEATURES,
-    HIDDEN,
-    Examples,
-    Mlp,
-    examples,
-    loss_and_gradient,
-    split,
-)
+from controllers.hazard import FEATURES, HIDDEN, Examples, examples, loss_and_gradient, split
+from controllers.mlp import Mlp
 from tts.errors import UserError
 from tts.policy import RoundOutcome, RoundState, Signals
 
@@ -168,19 +161,23 @@ def test_a_loaded_state_goes_on_exactly():
     resumed = make_policy("mlp", seed=9)
     resumed.load_state_dict(stored)
     assert worlds[0].drafted(resumed, 100) == worlds[1].drafted(policies[1], 100)
-    assert np.array_equal(resumed.weights, policies[1].weights)
+    assert np.array_equal(resumed.network.weights, policies[1].network.weights)
 
 
 def test_frozen_weights_stay_but_costs_and_recent_acceptance_are_followed():
     worlds = World(0.6), World(0.6)
     frozen, learning = make_policy("mlp", learning=False), make_policy("mlp")
     state = RoundState(0, 50, CAP)
-    weights, row, ms = frozen.weights.copy(), frozen._history.row(state, None), frozen.cost.step_ms
-    assert np.array_equal(weights, learning.weights)
+    weights, row, ms = (
+        frozen.network.weights.copy(),
+        frozen._history.row(state, None),
+        frozen.cost.step_ms,
+    )
+    assert np.array_equal(weights, learning.network.weights)
     for world, policy in zip(worlds, (frozen, learning), strict=True):
         world.drafted(policy, 30)
-    assert np.array_equal(frozen.weights, weights)
-    assert not np.array_equal(learning.weights, weights)
+    assert np.array_equal(frozen.network.weights, weights)
+    assert not np.array_equal(learning.network.weights, weights)
     assert frozen._history.row(state, None) != row
     assert frozen.cost.step_ms != ms
 
@@ -189,10 +186,10 @@ def test_reset_forgets_the_sequence_and_keeps_what_was_learned():
     world, policy, state = World(0.6), make_policy("mlp"), RoundState(0, 50, CAP)
     fresh = policy._history.row(state, None)
     world.drafted(policy, 30)
-    weights, ms = policy.weights.copy(), policy.cost.round_ms(4)
+    weights, ms = policy.network.weights.copy(), policy.cost.round_ms(4)
     policy.reset()
     assert policy._history.row(state, None) == fresh
-    assert np.array_equal(policy.weights, weights)
+    assert np.array_equal(policy.network.weights, weights)
     assert policy.cost.round_ms(4) == ms
 
 
@@ -200,12 +197,11 @@ def test_offline_examples_are_those_learned_online_and_training_on_them_helps():
     world, policy = World(0.7, telling=True), make_policy("mlp")
     world.drafted(policy, 30)
     data = examples(world.rounds)
-    kept = policy._seen
-    assert 30 < kept == len(data.features) <= len(policy._replay.features)
-    assert np.array_equal(data.features, policy._replay.features[:kept])
-    assert np.array_equal(data.labels, policy._replay.labels[:kept], equal_nan=True)
+    kept = [*policy._replay[: policy._seen], *policy._fresh]
+    assert 30 < len(kept) == len(data.features)
+    assert np.array_equal(np.hstack(data), kept, equal_nan=True)
     trained = Mlp(seed=1)
-    before, _ = loss_and_gradient(trained.weights, data)
+    before, _ = loss_and_gradient(trained.network.weights, data)
     assert trained.train(data, epochs=30) < before - 0.05
     assert examples([]).features.shape == (0, len(FEATURES))
 

@@ -121,9 +121,9 @@ def test_a_policy_replayed_is_a_fixed_length_where_it_never_stops(accepted, gamm
 def test_the_mlp_learns_in_a_replay_from_what_it_drafted():
     rows = [step(accepted=i % 3, index=i) for i in range(200)]
     policy = Mlp()
-    before = policy.weights.copy()
+    before = policy.network.weights.copy()
     replay.replay(replay.follow(policy), rows, torch.zeros(200, 8, 4))
-    assert (policy.weights != before).any()
+    assert (policy.network.weights != before).any()
 
 
 def test_the_best_length_by_time_is_shorter_than_by_tokens():
