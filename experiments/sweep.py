@@ -29,7 +29,7 @@ from tts.drafting.protocol import TrainableDrafter
 from tts.errors import UserError
 from tts.evidence import Rows
 from tts.models import ModelPair
-from tts.sampling import Distribution, Warper, overlap
+from tts.sampling import Distribution, Warper, on_common_ids, overlap
 from tts.settings import Sampling
 
 REMEMBERS = "memory."  # what a field of the memory begins with
@@ -195,7 +195,7 @@ def replay(
             with torch.no_grad():
                 drafter.hear(head(block.rows.hidden), block.rows.first)
         q = drafter.catch_up(block.sequence, len(block.rows))
-        values += overlap(block.p, q).tolist()
+        values += overlap(on_common_ids(block.p, q)).tolist()
         if coordinator is not None:
             coordinator.observe(lesson, block.rows, True, 0.0)
             coordinator.update(

@@ -39,6 +39,7 @@ from tts.sampling import (
     Rejection,
     Warper,
     join,
+    on_common_ids,
     overlap,
 )
 from tts.settings import Sampling, resolve
@@ -284,9 +285,9 @@ class SpeculativeDecoder:
         acceptance: Callable[[], list[float]] = list
         if on_path:
             assert proposal.q is not None
-            pairs = p[:on_path], proposal.q[:on_path]
-            acceptance = lambda: run.rule.probability(*pairs).tolist()  # noqa: E731
-            overlaps += [(session.generated + j, x) for j, x in enumerate(overlap(*pairs).tolist())]
+            common = on_common_ids(p[:on_path], proposal.q[:on_path])
+            acceptance = lambda: run.rule.probability(common).tolist()  # noqa: E731
+            overlaps += [(session.generated + j, x) for j, x in enumerate(overlap(common).tolist())]
         if cut.kept > drafted:
             session.pending.append(p[drafted : drafted + 1])
         sequence.extend(new[: cut.kept])
@@ -410,7 +411,7 @@ def _settle(session: Session, late: Distribution | None) -> list[tuple[int, floa
     """(position, overlap) of all pending positions, now that the draft's rows ``late`` came."""
     if late is None:
         return []
-    values = overlap(join(session.pending), late).tolist()
+    values = overlap(on_common_ids(join(session.pending), late)).tolist()
     first = session.generated - len(values)
     session.pending.clear()
     return [(first + i, value) for i, value in enumerate(values)]

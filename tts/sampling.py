@@ -46,24 +46,37 @@ def join(parts: list[Distribution]) -> Distribution:
     return Distribution(torch.cat(ids), torch.cat(probs))
 
 
-def overlap(p: Distribution, q: Distribution) -> torch.Tensor:
-    """sum_x min(p(x), q(x)) of each row `[rows]`: the acceptance probability under `rejection`."""
-    return torch.minimum(p.probs, q.of(p.ids)).sum(-1)
+def on_common_ids(p: Distribution, q: Distribution) -> torch.Tensor:
+    """What p and q say of the ids that p lists, `[2, rows, n]`; each id counts once."""
+    return torch.stack([p.probs, q.of(p.ids) * (p.probs > 0)])
 
 
-def match_probability(p: Distribution, q: Distribution) -> torch.Tensor:
+def overlap(common: torch.Tensor) -> torch.Tensor:
+    """sum_x min(p(x), q(x)) of each row `[rows]`: the acceptance probability under `rejection`.
+
+    Args:
+        common: from `on_common_ids`.
+    """
+    return common.amin(0).sum(-1)
+
+
+def match_probability(common: torch.Tensor) -> torch.Tensor:
     """Probability that `Coupled` draws the same token from both, of each row `[rows]`.
 
     sum_x 1 / sum_y max(p(y)/p(x), q(y)/q(x)), over x in both supports (Daliri, Musco, Suresh 2024).
     In the order of falling p/q the maximum is p's for every y up to x and q's for every y after it,
     so two running sums do for all x.
+
+    Args:
+        common: from `on_common_ids`.
     """
-    ours, theirs = p.probs.double(), q.of(p.ids).double()
-    theirs = theirs.where(ours > 0, 0.0)
-    order = (ours / theirs).where(ours > 0, -1.0).argsort(-1, descending=True)
-    ours, theirs = ours.gather(-1, order), theirs.gather(-1, order)
-    before, after = ours.cumsum(-1), (1 - theirs.cumsum(-1)).clamp(min=0)
-    return (1 / (before / ours + after / theirs)).where(theirs > 0, 0.0).sum(-1)
+    common = common.double()
+    order = (common[0] / common[1]).argsort(-1, descending=True)
+    common = common.gather(-1, order.expand_as(common))
+    (p, q), (before, gone) = common, common.cumsum(-1)
+    after = (1 - gone).clamp(min=0)
+    # without q or p there is no match; where nothing is left of either, nothing is divided
+    return (p * q / (before * q + after * p).clamp(min=1e-300)).sum(-1)
 
 
 class Warper:
@@ -197,8 +210,8 @@ class AcceptanceRule(Protocol):
         """
         ...
 
-    def probability(self, p: Distribution, q: Distribution) -> torch.Tensor:
-        """That a token drawn from each row of ``q`` is accepted, `[rows]`."""
+    def probability(self, common: torch.Tensor) -> torch.Tensor:
+        """That a token drawn from each row of q is accepted, `[rows]`; see `on_common_ids`."""
         ...
 
 
@@ -227,8 +240,8 @@ class Rejection:
                 return Verdict(j, self._choose(p.ids[j], residual))
         return Verdict(len(drafts), self._choose(p.ids[-1], p.probs[-1]))
 
-    def probability(self, p: Distribution, q: Distribution) -> torch.Tensor:
-        return overlap(p, q)
+    def probability(self, common: torch.Tensor) -> torch.Tensor:
+        return overlap(common)
 
     def _uniform(self) -> float:
         return float(torch.rand((), dtype=torch.float64, generator=self._random))
@@ -262,8 +275,8 @@ class Coupled:
         accepted = _common_prefix(drafts, choices)
         return Verdict(accepted, choices[accepted])
 
-    def probability(self, p: Distribution, q: Distribution) -> torch.Tensor:
-        return match_probability(p, q)
+    def probability(self, common: torch.Tensor) -> torch.Tensor:
+        return match_probability(common)
 
     def choices(self, p: Distribution, first: int) -> list[int]:
         """The target's token for each row of ``p``, at positions ``first``, ``first`` + 1, ..."""
@@ -300,8 +313,8 @@ class Recorded:
         mismatches = sum(a != b for a, b in zip(own, path, strict=False))
         return Verdict(accepted, path[accepted], mismatches)
 
-    def probability(self, p: Distribution, q: Distribution) -> torch.Tensor:
-        return self._rule.probability(p, q)
+    def probability(self, common: torch.Tensor) -> torch.Tensor:
+        return self._rule.probability(common)
 
 
 def _common_prefix(drafts: list[int], tokens: list[int]) -> int:
