@@ -154,6 +154,7 @@ class Mlp:
         drafted = outcome.num_drafted
         if drafted == 0 and self._resting:
             self._behind, self._rested = True, self._rested + 1
+            self._resting = not self._history.rest()  # it says no for a second time, or not
             if self._rested % REST:
                 return
         self._resting = False
@@ -241,6 +242,7 @@ class Mlp:
             "replay": self._replay.copy(),
             "fresh": np.array(self._fresh),
             "history": np.array(self._history.values),
+            "usual": np.array(self._history.usual),
             "rng": json.dumps(self._rng.bit_generator.state),
             **{name: float(getattr(self, f"_{name}")) for name in NUMBERS},
             **{f"cost.{name}": value for name, value in self.cost.state_dict().items()},
@@ -250,6 +252,7 @@ class Mlp:
         self.network.load_state_dict(state)
         self._replay[:], self._fresh = state["replay"], state["fresh"].tolist()
         self._history.values = [float(value) for value in state["history"]]
+        self._history.usual = [float(value) for value in state["usual"]]
         self._rng.bit_generator.state = json.loads(state["rng"])
         for name, kind in NUMBERS.items():
             setattr(self, f"_{name}", kind(state[name]))
