@@ -57,7 +57,11 @@ class History:
     def reset(self) -> None:
         # entropy, confidence, probability of the last verified draft; fast, slow, last_accepted
         self.values = list(BLANK)
-        self.usual = list(BLANK[:3])  # slow averages of the first three
+
+    @property
+    def usual(self) -> float:
+        """Acceptance lately, of any token."""
+        return self.values[4]
 
     def row(self, state: RoundState, newest: Signals | None) -> list[float]:
         """Features `[len(FEATURES)]` once ``newest`` is drafted; None: before the first token."""
@@ -80,32 +84,19 @@ class History:
         labels = labels[: len(signals)]
         if not labels:
             return []
-        told = [None, *signals[: len(labels)]]
+        said = [None, *signals[: len(labels)]]
         own, following = [math.nan, *labels], [*labels, math.nan]
         rows = [
             [*self.row(state, newest), a, b]
-            for newest, a, b in zip(told, own, following, strict=True)
+            for newest, a, b in zip(said, own, following, strict=True)
         ]
         fast, slow = self.values[3:5]
-        for said, label in zip(signals, labels, strict=False):
+        for label in labels:
             fast += FAST * (label - fast)
             slow += SLOW * (label - slow)
-            for i, value in enumerate(said[1:4]):
-                self.usual[i] += SLOW * (value - self.usual[i])
         last_accepted = min(1.0, num_accepted / len(signals))
         self.values = [*signals[len(labels) - 1][1:4], fast, slow, last_accepted]
         return rows
-
-
-    def rest(self) -> bool:
-        """Nothing was drafted: what the last draft said is of the past, averages remain.
-
-        Returns:
-            Whether that changes what is expected.
-        """
-        before, slow = self.values, self.values[4]
-        self.values = [*self.usual, slow, slow, slow]
-        return self.values != before
 
 
 def examples(rounds: Iterable[Round], compression: float = 0.0) -> Examples:

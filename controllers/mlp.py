@@ -126,7 +126,10 @@ class Mlp:
         if state.at_hand is not None:
             return limit if self._gain(state.at_hand, limit, copied=True) > 0 else 0
         if not self._resting:
-            _, following = self.network.predict(self._history.row(state, None))
+            # what the last draft said is of the past once a round has gone by without one
+            following = self._history.usual
+            if not self._behind:
+                _, following = self.network.predict(self._history.row(state, None))
             self._expected = self._gain(following, limit)
             if self._expected + max(self._option, 0.0) > 0:
                 return limit
@@ -153,8 +156,9 @@ class Mlp:
     def observe(self, outcome: RoundOutcome) -> None:
         drafted = outcome.num_drafted
         if drafted == 0 and self._resting:
-            self._behind, self._rested = True, self._rested + 1
-            self._resting = not self._history.rest()  # it says no for a second time, or not
+            # the first no was of the moment: it asks again, what is usual
+            self._resting, self._behind = self._behind, True
+            self._rested += 1
             if self._rested % REST:
                 return
         self._resting = False
@@ -242,7 +246,6 @@ class Mlp:
             "replay": self._replay.copy(),
             "fresh": np.array(self._fresh),
             "history": np.array(self._history.values),
-            "usual": np.array(self._history.usual),
             "rng": json.dumps(self._rng.bit_generator.state),
             **{name: float(getattr(self, f"_{name}")) for name in NUMBERS},
             **{f"cost.{name}": value for name, value in self.cost.state_dict().items()},
@@ -252,7 +255,6 @@ class Mlp:
         self.network.load_state_dict(state)
         self._replay[:], self._fresh = state["replay"], state["fresh"].tolist()
         self._history.values = [float(value) for value in state["history"]]
-        self._history.usual = [float(value) for value in state["usual"]]
         self._rng.bit_generator.state = json.loads(state["rng"])
         for name, kind in NUMBERS.items():
             setattr(self, f"_{name}", kind(state[name]))
