@@ -25,17 +25,17 @@ from tts.errors import UserError
 from tts.policy import RoundOutcome, RoundState, Signals
 
 RATE, OPTION = 1 / 32, 1 / 64  # per round, for realised tokens per ms and gain of drafting
-LOOK = 1 / 32  # chance to draft one token more than pays
+LOOK = 1 / 64  # chance to draft one token more than pays
 PROBE, RARE_PROBE, PATIENCE = 36, 160, 14  # rounds between probes; doubled after 14 in vain
 SLOWEST = 4.0  # rounds of gamma 0 that a round of a probe counts as at most
 REST = 4  # of so many rounds at gamma 0 one is timed: what passes wait for slows them fivefold
 PROBE_SHARE = 0.01  # of the time, where nothing else is drafted
 REPLAY, BATCH = 512, 56
-EVERY = 8  # new rows between two lessons: numpy's many small calls after each round add up
+EVERY = 16  # new rows between two lessons: numpy's many small calls after each round add up
 STEP_SIZE, FIT_SIZE = 0.002, 0.01  # of Adam, while decoding and offline
 # small steps forget least, but follow a change of regime slowly: where the mean error of the newest
 # predictions (share a label) is beyond the alarm, the output's bias moves by so much of it a label
-NEWEST, ALARM, SHIFT = 1 / 16, 0.12, 0.3
+NEWEST, ALARM, SHIFT = 1 / 16, 0.1, 0.5
 
 
 class Mlp:

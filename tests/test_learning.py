@@ -318,7 +318,7 @@ def test_a_saved_state_goes_on_in_another_decoder(tmp_path):
     one.generate(PROMPT, generation_config=sampled())
     save_state(one, file)
     load_state(two, file)
-    assert (one.policy.network.weights == two.policy.weights).all()
+    assert (one.policy.network.weights == two.policy.network.weights).all()
     assert one.coordinator.learner.steps == two.coordinator.learner.steps > 3
     tokens = torch.tensor([TOKENS])
     with torch.no_grad():
