@@ -86,11 +86,7 @@ def check_arms(names: tuple[str, ...], draft: str | None) -> None:
             raise UserError(f"arms: {name!r} is not one of {', '.join(ARMS)}")
         if ARMS[name].draft and draft == PROMPT_LOOKUP:
             raise UserError(f"arms: {name} needs a draft that learns, {draft} copies: leave it out")
-        if ARMS[name].memory and draft == PROMPT_LOOKUP:
-            raise UserError(
-                f"arms: {name} remembers by the draft's states, {draft} has none: leave it out"
-            )
-        if ARMS[name].policy in HEADS and draft == PROMPT_LOOKUP:
+        if (ARMS[name].memory or ARMS[name].policy in HEADS) and draft == PROMPT_LOOKUP:
             raise UserError(
                 f"arms: {name} reads the draft's states, {draft} has none: leave it out"
             )

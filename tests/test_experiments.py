@@ -141,7 +141,7 @@ def test_a_recorded_path_is_what_later_runs_commit(tts, tmp_path):
         (["--lookup=0"], "lookup: a match of 0 to 8 tokens is none"),
         (["--wandb=perhaps"], "wandb: 'perhaps'"),
         (["--draft=prompt_lookup"], "arms: draft needs a draft that learns"),
-        (["--draft=prompt_lookup", "--arms=[memory]"], "memory remembers by the draft's states"),
+        (["--draft=prompt_lookup", "--arms=[memory]"], "memory reads the draft's states"),
         (["--memory.capacity=0"], "memory.capacity: 0"),
         (["--draft=prompt_lookup", "--arms=[specdecpp]"], "specdecpp reads the draft's states"),
         (["--arms=[oracle,static]"], "oracle needs it in advance"),

@@ -110,7 +110,8 @@ class SpeculativeDecoder:
             the draft as it is).
 
     Raises:
-        UserError: for an unknown rule, a window below 1, or a draft that cannot learn.
+        UserError: for an unknown rule, a window below 1, or a draft that cannot do what ``distill``
+            or ``memory`` asks of it.
     """
 
     def __init__(

@@ -110,8 +110,8 @@ class Recall:
             rows: of the draft, for consecutive positions.
             first: absolute position of the token that the first row predicts.
         """
-        self.see(rows.hidden, first)
         states = rows.hidden.float()
+        self.see(states, first)
         size = min(self._count, self.capacity)
         if not size:
             return rows
