@@ -239,6 +239,21 @@ def test_the_gradient_is_that_of_autograd():
     np.testing.assert_allclose(gradient, theirs, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize(("acceptance", "asked"), [(0.9, True), (0.02, False)])
+def test_a_no_is_of_the_moment_and_then_what_is_usual_decides(monkeypatch, acceptance, asked):
+    world, policy, state = World(acceptance), make_policy("mlp"), RoundState(0, 50, CAP)
+    world.drafted(policy, 200)
+    policy._resting = policy._behind = False
+    monkeypatch.setattr(policy.network, "predict", lambda row: (0.0, 0.0))
+    policy._wait = math.inf  # no probe
+    plans = []
+    for _ in range(8):
+        plans.append(policy.plan(state))
+        policy.observe(RoundOutcome(state, 0, draft_ms=0.0, verify_ms=BASE_MS))
+    assert plans[0] == 0
+    assert set(plans[1:]) == {policy.cap if asked else 0}
+
+
 def observed(rounds=300, seed=0, scale=1.0, cost=None, gammas=(0, 1, 4, 8)):
     cost, random = cost or CostModel(), np.random.default_rng(seed)
     for _ in range(rounds):
