@@ -30,8 +30,6 @@ FAST, SLOW = 1 / 8, 1 / 64  # per label, for the two averages of recent acceptan
 
 Array = NDArray[np.float64]
 Round = tuple[RoundState, list[Signals], list[float], int]  # state, signals, labels, num_accepted
-
-
 Row = list[float]  # features, and two labels: acceptance of the newest token and of the next one
 
 

@@ -8,8 +8,9 @@ token pays while
 
     P(all drafted so far are accepted) * P(the next one is) >= lambda * (its cost in ms).
 
-Before the first token the gain of drafting at all is weighed in the same way. Where that says no,
-a rare probe drafts nevertheless: without drafts there would be nothing to learn from.
+Before the first token the gain of drafting at all is weighed in the same way: by what the last
+draft said or, a round later, by what is usual. Where both say no, a rare probe drafts nevertheless:
+without drafts there would be nothing to learn from.
 """
 
 import json
@@ -156,7 +157,7 @@ class Mlp:
     def observe(self, outcome: RoundOutcome) -> None:
         drafted = outcome.num_drafted
         if drafted == 0 and self._resting:
-            # the first no was of the moment: it asks again, what is usual
+            # a first no was of the moment, a second one is of the text
             self._resting, self._behind = self._behind, True
             self._rested += 1
             if self._rested % REST:
