@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -20,8 +21,10 @@ from tts.distill.students import (
     Student,
 )
 from tts.drafting import dflash_checkpoint, dflash_start, eagle3_checkpoint, reduced
+from tts.drafting.dflash_model import DFlash
+from tts.drafting.eagle3_model import Eagle3
 from tts.errors import UserError
-from tts.models import load_target
+from tts.models import load_pair, load_target
 from tts.vocabulary import fingerprint
 
 DRAFTERS = ("autoregressive", "pard", "eagle3", "dflash")
@@ -59,6 +62,8 @@ class DistillOffline:
         corpus: folders of `tts selftext` to train on.
         held_out: folder of `tts selftext` to evaluate on.
         out: folder for the draft, its checkpoint and its log.
+        start: a draft that ships, or the folder of one trained here, to begin from; what a new one
+            begins as is then not asked for (empty: a new one).
         target: alias, folder or hub id.
         device: cpu or cuda.
         training: what is trained, and for how long.
@@ -68,6 +73,7 @@ class DistillOffline:
     corpus: tuple[str, ...] = ("selftext",)
     held_out: str = "held-out"
     out: str = "draft"
+    start: str = ""
     target: str = "smollm2-135m"
     device: str = "cpu"
     training: OfflineConfig = field(default_factory=OfflineConfig)
@@ -104,10 +110,15 @@ def distill_offline(config: DistillOffline) -> dict[str, object]:
     folder, training = Path(config.out), config.training
     corpus = Corpus([Path(path) for path in config.corpus], training.temperature)
     held_out = Corpus([Path(config.held_out)], training.temperature)
-    target, tokenizer = load_target(config.target, device=config.device)
-    ids = frequent_ids(corpus, training.draft_vocab_size, [tokenizer.eos_token_id])
-    torch.manual_seed(training.seed)
-    student, layers = _student(config, target, ids, fingerprint(tokenizer))
+    if config.start:
+        target, draft = _started(config)
+    else:
+        target, tokenizer = load_target(config.target, device=config.device)
+        ids = frequent_ids(corpus, training.draft_vocab_size, [tokenizer.eos_token_id])
+        torch.manual_seed(training.seed)
+        draft = _new(config, target, ids, fingerprint(tokenizer))
+    student = _student(draft, training)
+    layers: tuple[int, ...] = getattr(draft.config, "target_layers", ())
     texts = []
     for part in (corpus, held_out):
         with tqdm(total=len(part.files), desc="features", unit="shard", disable=not layers) as bar:
@@ -125,39 +136,72 @@ def distill_offline(config: DistillOffline) -> dict[str, object]:
     return asdict(trainer.evaluate()) | {"out": str(folder)}
 
 
-def _student(
-    config: DistillOffline, target: PreTrainedModel, ids: torch.Tensor, fingerprint: str
-) -> tuple[Student, tuple[int, ...]]:
-    """A new draft of the family asked for, and the hidden states of the target that it reads."""
-    training = config.training
-    size = target.config.get_text_config().vocab_size
-    if config.drafter in ("pard", "dflash") and not 0 <= training.mask_token_id < size:
+def _started(config: DistillOffline) -> tuple[PreTrainedModel, Any]:
+    """The target, and the draft to go on from."""
+    pair = load_pair(config.target, config.start, device=config.device, stock=True)
+    target, draft = pair.target, pair.draft
+    ids, head = getattr(draft, "draft_ids", None), target.get_output_embeddings().weight
+    if ids is None or not torch.equal(draft.lm_head.weight, head[ids]):
         raise UserError(
-            f"mask_token_id: {training.mask_token_id} is outside the vocabulary of {size}: use an "
-            "id that text never holds"
+            f"start: {config.start!r} does not predict with rows of the target's head: use a draft "
+            "of `tts distill-offline`"
+        )
+    if (drafter := _drafter(draft)) != config.drafter:
+        raise UserError(f"drafter: {config.start!r} is {drafter}, not {config.drafter}: say so")
+    return target, draft.requires_grad_(False)
+
+
+def _new(
+    config: DistillOffline, target: PreTrainedModel, ids: torch.Tensor, fingerprint: str
+) -> Any:
+    """A new draft of the family asked for, started from layers of the target."""
+    training = config.training
+    text = target.config.get_text_config()
+    if config.drafter in ("pard", "dflash") and not 0 <= training.mask_token_id < text.vocab_size:
+        raise UserError(
+            f"mask_token_id: {training.mask_token_id} is outside the vocabulary of "
+            f"{text.vocab_size}: use an id that text never holds"
         )
     if config.drafter in ("autoregressive", "pard"):
         draft = reduced.from_target(target, ids, list(training.layers), fingerprint)
-        if config.drafter == "autoregressive":
-            return AutoregressiveStudent(draft), ()
-        draft.config.pard_token = training.mask_token_id
-        return PardStudent(draft, training.depth, training.root_share), ()
-    count = target.config.get_text_config().num_hidden_layers
-    features = training.features or dflash_checkpoint.read_layers(FEATURES, count)
-    if config.drafter == "dflash":
-        most = target.config.get_text_config().intermediate_size
-        if training.neurons > most:
-            raise UserError(f"neurons: {training.neurons} is more than the target's {most}")
-        drafter = dflash_start.from_target(
-            target,
-            ids,
-            features,
-            training.layers,
-            training.depth + 1,
-            training.mask_token_id,
-            fingerprint,
-            training.neurons,
+        if config.drafter == "pard":
+            draft.config.pard_token = training.mask_token_id
+        return draft
+    features = training.features or dflash_checkpoint.read_layers(FEATURES, text.num_hidden_layers)
+    if config.drafter == "eagle3":
+        return eagle3_checkpoint.from_target(target, ids, features, training.layers, fingerprint)
+    if training.neurons > text.intermediate_size:
+        raise UserError(
+            f"neurons: {training.neurons} is more than the target's {text.intermediate_size}"
         )
-        return DFlashStudent(drafter, training.root_share), features
-    head = eagle3_checkpoint.from_target(target, ids, features, training.layers, fingerprint)
-    return Eagle3Student(head, training.depth, training.root_share), features
+    return dflash_start.from_target(
+        target,
+        ids,
+        features,
+        training.layers,
+        training.depth + 1,
+        training.mask_token_id,
+        fingerprint,
+        training.neurons,
+    )
+
+
+def _drafter(draft: Any) -> str:
+    """Which of `DRAFTERS` it is."""
+    if isinstance(draft, Eagle3):
+        return "eagle3"
+    if isinstance(draft, DFlash):
+        return "dflash"
+    return "autoregressive" if draft.config.pard_token is None else "pard"
+
+
+def _student(draft: Any, training: OfflineConfig) -> Student:
+    """How the draft is run over text."""
+    match _drafter(draft):
+        case "eagle3":
+            return Eagle3Student(draft, training.depth, training.root_share)
+        case "dflash":
+            return DFlashStudent(draft, training.root_share)
+        case "pard":
+            return PardStudent(draft, training.depth, training.root_share)
+    return AutoregressiveStudent(draft)

@@ -435,3 +435,35 @@ def test_more_neurons_than_the_target_has_are_refused(written, tmp_path, capsys)
     flags = [*written[:-1], "--drafter=dflash", f"--out={tmp_path}", "--training.neurons=65"]
     assert main(["distill-offline", *flags, "--training.mask-token-id=62"]) == 2
     assert "neurons: 65 is more than the target's 64" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_training_goes_on_from_a_trained_draft(drafter, written, tmp_path, capsys):
+    def trained(out, *more):
+        flags = [f"--drafter={drafter}", f"--out={tmp_path / out}", *written, *more]
+        assert main(["distill-offline", *flags]) == 0
+        return json.loads(capsys.readouterr().out.strip().splitlines()[-1])["overlap"]
+
+    still = "--training.learning-rate=1e-12"
+    first = trained("first", "--training.learning-rate=0.05")
+    assert trained("on", f"--start={tmp_path / 'first'}", still) == pytest.approx(first, abs=3e-3)
+    assert trained("new", still) != pytest.approx(first, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("drafter", "start", "says"),
+    [
+        ("dflash", "eagle3", "is eagle3, not dflash"),
+        ("autoregressive", "target", "does not predict with rows of the target's head"),
+    ],
+)
+def test_a_start_of_another_kind_is_refused(
+    drafter, start, says, written, models, tmp_path, capsys
+):
+    flags = [f"--drafter={start}", f"--out={tmp_path / start}", *written]
+    folder = models / "target" if start == "target" else tmp_path / start
+    if start != "target":
+        assert main(["distill-offline", *flags]) == 0
+    flags = [f"--drafter={drafter}", f"--start={folder}", f"--out={tmp_path / 'out'}", *written]
+    assert main(["distill-offline", *flags]) == 2
+    assert says in capsys.readouterr().err
