@@ -243,6 +243,13 @@ def test_learning_stops_within_its_share_of_time():
     assert summary.num_updates < len(decode(pair, sampled(200)).rounds) / 2
 
 
+def test_the_time_of_a_round_holds_its_update():
+    learned = [r for r in decode(learnable(), greedy(40)).rounds if r.update is not None]
+    assert len(learned) > 5
+    for r in learned:
+        assert r.total_ms >= r.draft_ms + r.verify_ms + r.policy_ms + r.update.update_ms
+
+
 @pytest.mark.parametrize("guard", [True, False])
 def test_the_proximal_term_holds_the_adapter_near_the_bare_draft(guard):
     pair = learnable()

@@ -317,6 +317,7 @@ class SpeculativeDecoder:
         )
         policy_ms += clock.lap()
         update = self._learn(session, run, rows, context, drafted, reason is not None, clock)
+        clock.lap()  # what was learned has its own time, and belongs to the whole
         session.rounds += 1
         return RoundRecord(
             round=session.rounds - 1,
