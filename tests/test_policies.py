@@ -1,6 +1,7 @@
 """Published rules on inputs computed by hand, and beside transformers' own code."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -209,21 +210,28 @@ def test_the_bonus_of_the_bandit_is_that_of_the_paper():
         assert value == pytest.approx(2 / 2 * math.sqrt((1 + n) / n**2 * (1 + 2 * log)))
 
 
-@pytest.mark.parametrize("name", [name for name in POLICIES if name not in ("bandit", "oracle")])
+def timed(policy):
+    """A policy to which a pass takes 10 ms and a draft 1: the same choices on every machine."""
+    observe = policy.observe
+    policy.observe = lambda seen: observe(replace(seen, draft_ms=seen.num_drafted, verify_ms=10.0))
+    return policy
+
+
+@pytest.mark.parametrize("name", [name for name in POLICIES if name != "oracle"])
 def test_text_does_not_depend_on_the_policy(weights, name):
     pair = tiny.pair("llama3.1", noise=0.03)
-    policy = make_policy(name, weights=weights)
+    policy = timed(make_policy(name, weights=weights))
     decoder = SpeculativeDecoder(pair, policy=policy, acceptance="coupled")
     prompt = torch.tensor([[3, 17, 5]])
     result = decoder.generate(prompt, generation_config=sampled(80), seed=2)
     assert result.tokens == decode(pair, 0, sampled(80), seed=2, prompt=prompt).tokens
-    assert name == "mlp" or any(r.num_accepted for r in result.rounds)
+    assert any(r.num_accepted for r in result.rounds)
 
 
 @pytest.mark.parametrize("name", [name for name in POLICIES if name != "oracle"])
 def test_rejection_keeps_the_law_under_every_policy(weights, name):
     def decoder(pair):
-        policy = make_policy(name, gamma=2, weights=weights)
+        policy = timed(make_policy(name, gamma=2, weights=weights))
         return SpeculativeDecoder(pair, policy=policy, acceptance="rejection")
 
     assert p_value(small_pair(), 300, decoder) > ALPHA
