@@ -118,8 +118,9 @@ def annotate(
     target: PreTrainedModel, tokens: torch.Tensor, counts: torch.Tensor, temperature: float
 ) -> Shard:
     """Run ``target`` over text that it wrote elsewhere: ``tokens`` [S, L], ``counts`` [S, L-1]."""
-    output = target.base_model(input_ids=tokens[:, :-1].to(target.device))
-    hidden = output.last_hidden_state[counts.to(target.device)]
+    longest = int(counts.any(0).nonzero().max()) + 1  # nothing counts behind it
+    output = target.base_model(input_ids=tokens[:, :longest].to(target.device))
+    hidden = output.last_hidden_state[counts[:, :longest].to(target.device)]
     log_mass = torch.cat(
         [
             (target.get_output_embeddings()(rows).float() / temperature).logsumexp(-1)
