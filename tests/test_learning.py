@@ -10,6 +10,7 @@ from controllers import make_policy
 from controllers.mlp import Mlp
 from tests import tiny
 from tests.test_engine import ARCHITECTURES, PROMPT, greedy, sampled
+from tests.test_policies import timed
 from tts.cached_model import CachedModel
 from tts.coordinator import Coordinator
 from tts.distill.config import DistillConfig
@@ -28,10 +29,8 @@ POLICIES = ["fixed", "mlp"]
 
 def decode(pair, config, distill=EAGER, policy="fixed", acceptance="coupled", seed=0, **kwargs):
     policy = make_policy(policy)
-    if isinstance(
-        policy, Mlp
-    ):  # on a tiny model drafting never pays: keep to the costs of a real one
-        policy.cost.observe = lambda *args: None
+    if isinstance(policy, Mlp):
+        timed(policy)
     decoder = SpeculativeDecoder(pair, policy=policy, distill=distill, acceptance=acceptance)
     return decoder.generate(PROMPT, generation_config=config, seed=seed, **kwargs)
 
@@ -321,7 +320,7 @@ def test_a_saved_state_goes_on_in_another_decoder(tmp_path):
         return SpeculativeDecoder(pair, **kwargs)
 
     one, two, file = decoder(), decoder(), tmp_path / "state.safetensors"
-    one.policy.cost.observe = lambda *args: None
+    timed(one.policy)
     one.generate(PROMPT, generation_config=sampled())
     save_state(one, file)
     load_state(two, file)

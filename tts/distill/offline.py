@@ -101,7 +101,7 @@ class Report:
 
     step: int
     visits: int
-    loss: float  # mean training loss since the last report
+    loss: float | None  # mean training loss since the last report
     overlap: float  # sum of min(p, q) at the temperature, mean over counted rows
     overlap_by_quarter: list[float]  # by position in the sequence
     acceptance_length: float  # 1 + sum of prefix products of overlap over the next rows, at GAMMA
@@ -165,7 +165,7 @@ class OfflineTrainer:
                 yield report
 
     @torch.no_grad()
-    def evaluate(self, loss: float = math.nan) -> Report:
+    def evaluate(self, loss: float | None = None) -> Report:
         """Overlap and acceptance length on the held-out sequences."""
         corpus, everything = self._held_out.corpus, torch.arange(len(self._held_out.corpus))
         counts = corpus.counts
