@@ -50,11 +50,12 @@ class CostModel:
         if self._count >= WARM:
             measured, noise = min(measured, OUTLIER * predicted), NOISE * scale
         self._count += 1
-        covariance = self._covariance
+        covariance = [
+            [c + SPEED**2 * m * other for c, other in zip(row, self._mean, strict=True)]
+            for row, m in zip(self._covariance, self._mean, strict=True)
+        ]
         for i, drift in enumerate(DRIFT):
             covariance[i][i] += (drift * scale) ** 2
-            for j, other in enumerate(self._mean):
-                covariance[i][j] += SPEED**2 * self._mean[i] * other
         shared = [sum(c * y for c, y in zip(row, x, strict=True)) for row in covariance]
         variance = sum(s * y for s, y in zip(shared, x, strict=True)) + noise**2
         error = measured - sum(m * y for m, y in zip(self._mean, x, strict=True))

@@ -92,9 +92,15 @@ class History:
         for label in labels:
             fast += FAST * (label - fast)
             slow += SLOW * (label - slow)
-        last_accepted = min(1.0, num_accepted / len(signals))
-        self.values = [*signals[len(labels) - 1][1:4], fast, slow, last_accepted]
+        self.values[3:5] = fast, slow
+        self.pass_by(signals, num_accepted)
         return rows
+
+    def pass_by(self, signals: list[Signals], num_accepted: int) -> None:
+        """What a verified round has said without labels: it is the last one now."""
+        own = [s for s in signals if not s.copied]
+        self.values[:3] = own[min(num_accepted, len(own) - 1)][1:4]
+        self.values[5] = min(1.0, num_accepted / len(own))
 
 
 def examples(rounds: Iterable[Round], compression: float = 0.0) -> Examples:

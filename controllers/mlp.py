@@ -32,6 +32,8 @@ SLOWEST = 4.0  # rounds of gamma 0 that a round of a probe counts as at most
 REST = 4  # of so many rounds at gamma 0 one is timed: what passes wait for slows them fivefold
 PROBE_SHARE = 0.01  # of the time, where nothing else is drafted
 REPLAY, BATCH = 512, 56
+# of so many drafted rounds one teaches, for that takes time; all of the first, and those in alarm
+HEARD, FIRST = 2, 32
 EVERY = 16  # new rows between two lessons: numpy's many small calls after each round add up
 STEP_SIZE, FIT_SIZE = 0.002, 0.01  # of Adam, while decoding and offline
 # small steps forget least, but follow a change of regime slowly: where the mean error of the newest
@@ -66,6 +68,8 @@ class Mlp:
         self._probe_ms = 0.0  # that a round of a probe has lately taken longer than one of gamma 0
         self._wait = self._interval()
         self._probing = self._again = False  # this round is a probe; the next one shall be, too
+        self._look = int(self._rng.geometric(LOOK))  # tokens until one more is drafted than pays
+        self._drafts = 0  # rounds with drafts
         self._behind = False  # the draft has not read the newest tokens
         self._resting = False  # it chose gamma 0 and has learned nothing since
         self._rested = 0  # rounds of that
@@ -151,8 +155,12 @@ class Mlp:
         if signals.following is not None:
             return self._survival * signals.following >= self.rate * self.cost.copy_ms
         pays = self._survival * following >= self.rate * self.cost.step_ms
+        self._look -= 1
+        if self._look > 0:
+            return pays
         # offsets that are always given up would never be seen again
-        return pays or bool(self._rng.random() < LOOK)
+        self._look = int(self._rng.geometric(LOOK))
+        return True
 
     def observe(self, outcome: RoundOutcome) -> None:
         drafted = outcome.num_drafted
@@ -169,7 +177,9 @@ class Mlp:
         if self._probing:
             alone, taken = self.cost.round_ms(0), outcome.draft_ms + outcome.verify_ms
             self._probe_ms += (min(taken, SLOWEST * alone) - alone - self._probe_ms) / 4
-        if not behind:
+        self._drafts += drafted > copied
+        heard = drafted == copied or self._probing or self._teaches()
+        if heard and not behind:
             self.cost.observe(drafted, outcome.draft_ms, outcome.verify_ms, copied)
         # modelled time, so that an outlier moves neither this rate nor its comparison with others
         if not self._ms:
@@ -177,6 +187,9 @@ class Mlp:
         self._tokens += RATE * (outcome.num_accepted + 1 - self._tokens)
         ms = self.cost.round_ms(drafted, copied)
         self._ms += RATE * (ms - self._ms)
+        if not heard:
+            self._history.pass_by(outcome.signals, outcome.num_accepted)
+            return
         labels = outcome.acceptance() if drafted > copied else []
         if not labels:
             return
@@ -201,6 +214,10 @@ class Mlp:
         rounds = min(PROBE * (1 + self._confirmed / PATIENCE), RARE_PROBE)
         affordable = 2 * self._probe_ms / (PROBE_SHARE * self.cost.round_ms(0))  # it is two rounds
         return max(rounds, affordable) * self._rng.uniform(0.5, 1.5)
+
+    def _teaches(self) -> bool:
+        """Whether to hear what the newest drafted round has to say."""
+        return self._drafts <= FIRST or self._drafts % HEARD == 0 or abs(self._off) > ALARM
 
     def _judge(self, labels: list[float], extra_ms: float, behind: bool) -> None:
         """Learn from a drafted round, which took ``extra_ms``, whether drafting pays."""
@@ -266,4 +283,5 @@ NUMBERS = {
     "seen": int, "tokens": float, "ms": float, "confirmed": float, "wait": float,
     "probe_ms": float, "probing": bool, "again": bool, "behind": bool, "survival": float,
     "off": float, "expected": float, "option": float, "resting": bool, "rested": int,
+    "look": int, "drafts": int,
 }  # fmt: skip

@@ -206,6 +206,30 @@ def test_offline_examples_are_those_learned_online_and_training_on_them_helps():
     assert examples([]).features.shape == (0, len(FEATURES))
 
 
+def test_once_settled_it_hears_every_other_drafted_round_and_all_after_a_surprise(monkeypatch):
+    world, policy, heard = World(0.8), make_policy("mlp"), []
+    judge = policy._judge
+    monkeypatch.setattr(policy, "_judge", lambda *said: heard.append(1) or judge(*said))
+
+    def share(rounds):
+        heard.clear()
+        drafted = 0
+        for _ in range(rounds):
+            _, now, accepted = world.round(policy)
+            drafted += now > 0
+            if now:  # heard or not, the next round starts from what the last one said
+                last = world.rounds[-1][1][min(accepted, now - 1)]
+                assert policy._history.values[:3] == list(last[1:4])
+                assert policy._history.values[5] == accepted / now
+        return len(heard) / drafted
+
+    assert share(30) == 1  # of the first
+    share(300)
+    assert 0.5 <= share(400) < 0.6
+    world.acceptance = 0.2
+    assert share(16) > 0.75
+
+
 def test_offsets_beyond_the_first_rejection_have_no_labels():
     state = RoundState(7, 20, 8)
     said = [Signals(j, 1.0 + j, 0.5, 0.5) for j in range(4)]
