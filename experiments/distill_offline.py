@@ -128,12 +128,14 @@ def distill_offline(config: DistillOffline) -> dict[str, object]:
     trainer = OfflineTrainer(student, *texts, training, folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "training.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+    report = None
     with tqdm(total=trainer.steps, initial=trainer.step, desc="training", unit="step") as bar:
         for report in trainer.run(lambda: bar.update(1)):
             bar.set_postfix(
                 overlap=f"{report.overlap:.4f}", acceptance=f"{report.acceptance_length:.3f}"
             )
-    return asdict(trainer.evaluate()) | {"out": str(folder)}
+    report = report or trainer.evaluate()  # it had been trained to the end before
+    return asdict(report) | {"out": str(folder)}
 
 
 def _started(config: DistillOffline) -> tuple[PreTrainedModel, Any]:
