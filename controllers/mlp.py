@@ -69,7 +69,7 @@ class Mlp:
         self._wait = self._interval()
         self._probing = self._again = False  # this round is a probe; the next one shall be, too
         self._look = int(self._rng.geometric(LOOK))  # tokens until one more is drafted than pays
-        self._drafts = 0  # rounds with drafts
+        self._drafts = 0  # rounds in which the model drafted
         self._behind = False  # the draft has not read the newest tokens
         self._resting = False  # it chose gamma 0 and has learned nothing since
         self._rested = 0  # rounds of that

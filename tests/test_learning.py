@@ -29,7 +29,7 @@ POLICIES = ["fixed", "mlp"]
 
 def decode(pair, config, distill=EAGER, policy="fixed", acceptance="coupled", seed=0, **kwargs):
     policy = make_policy(policy)
-    if isinstance(policy, Mlp):
+    if isinstance(policy, Mlp):  # at the costs of a tiny model drafting never pays
         timed(policy)
     decoder = SpeculativeDecoder(pair, policy=policy, distill=distill, acceptance=acceptance)
     return decoder.generate(PROMPT, generation_config=config, seed=seed, **kwargs)

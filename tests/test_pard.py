@@ -76,7 +76,7 @@ def test_coupled_text_does_not_depend_on_the_draft():
 
 def test_rejection_of_independent_drafts_keeps_the_law():
     pair = parallel(noise=0.5, vocab=VOCAB, layers=1, mask=7)
-    assert p_value(pair, 2000, honest) > ALPHA
+    assert p_value(pair, 4000, honest) > ALPHA
 
 
 def test_overlap_is_known_at_every_position():
