@@ -10,8 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from tts.distill.corpus import Corpus, annotate, read_tokens
-from tts.distill.features import Features
-from tts.distill.offline import OfflineConfig, OfflineTrainer, Text, frequent_ids
+from tts.distill.offline import OfflineConfig, OfflineTrainer, frequent_ids
 from tts.distill.selftext import SelfTextConfig, write_shards
 from tts.distill.students import (
     AutoregressiveStudent,
@@ -20,6 +19,7 @@ from tts.distill.students import (
     PardStudent,
     Student,
 )
+from tts.distill.text import RecomputedText, StoredText, Text
 from tts.drafting import dflash_checkpoint, dflash_start, eagle3_checkpoint, reduced
 from tts.drafting.dflash_model import DFlash
 from tts.drafting.eagle3_model import Eagle3
@@ -66,6 +66,8 @@ class DistillOffline:
             begins as is then not asked for (empty: a new one).
         target: alias, folder or hub id.
         device: cpu or cuda.
+        recompute: run the target beside the training instead of reading from disk what it said: on
+            a GPU, or over text that was written without its states.
         training: what is trained, and for how long.
     """
 
@@ -76,6 +78,7 @@ class DistillOffline:
     start: str = ""
     target: str = "smollm2-135m"
     device: str = "cpu"
+    recompute: bool = False
     training: OfflineConfig = field(default_factory=OfflineConfig)
 
     def __post_init__(self) -> None:
@@ -119,18 +122,25 @@ def distill_offline(config: DistillOffline) -> dict[str, object]:
         draft = _new(config, target, ids, fingerprint(tokenizer))
     student = _student(draft, training)
     layers: tuple[int, ...] = getattr(draft.config, "target_layers", ())
-    texts = []
+    texts: list[Text] = []
     for part in (corpus, held_out):
+        if config.recompute:
+            texts.append(RecomputedText(part, target, layers))
+            continue
         with tqdm(total=len(part.files), desc="features", unit="shard", disable=not layers) as bar:
-            features = Features(part, target, layers, lambda: bar.update(1)) if layers else None
-        texts.append(Text(part, features))
+            texts.append(StoredText(part, target, layers, lambda: bar.update(1)))
     del target
     trainer = OfflineTrainer(student, *texts, training, folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "training.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
     report = None
     with tqdm(total=trainer.steps, initial=trainer.step, desc="training", unit="step") as bar:
-        for report in trainer.run(lambda: bar.update(1)):
+
+        def on_step() -> None:
+            bar.total = trainer.steps  # by the clock it is known only now
+            bar.update(1)
+
+        for report in trainer.run(on_step):
             bar.set_postfix(
                 overlap=f"{report.overlap:.4f}", acceptance=f"{report.acceptance_length:.3f}"
             )

@@ -1,6 +1,8 @@
 """Self-written text, the corpus and the offline trainer, on a tiny model."""
 
+import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +10,9 @@ from safetensors.torch import save_file
 
 from tests import tiny
 from tests.heads import Recorded
-from tts.distill import losses
+from tts.distill import losses, offline
 from tts.distill.corpus import Corpus, annotate, read_tokens
-from tts.distill.features import Features
-from tts.distill.offline import OfflineConfig, OfflineTrainer, Text, frequent_ids
+from tts.distill.offline import OfflineConfig, OfflineTrainer, frequent_ids
 from tts.distill.selftext import SelfTextConfig, write_shards
 from tts.distill.students import (
     AutoregressiveStudent,
@@ -19,6 +20,7 @@ from tts.distill.students import (
     Eagle3Student,
     PardStudent,
 )
+from tts.distill.text import RecomputedText, StoredText
 from tts.drafting import dflash_start, eagle3_checkpoint, make_drafter, reduced
 from tts.drafting.checkpoint import read_config
 from tts.errors import UserError
@@ -65,7 +67,7 @@ def test_text_alternates_turns_and_counts_answers_only(folder):
 def test_cached_hidden_states_are_those_of_a_fresh_pass(target, folder):
     corpus = Corpus([folder / "train"], TEMPERATURE)
     picked = torch.tensor([17, 2])
-    hidden, log_mass = corpus.teacher(picked)
+    hidden, log_mass = StoredText(corpus).teacher(picked)
     fresh = annotate(target, corpus.tokens[picked], corpus.counts[picked], TEMPERATURE)
     torch.testing.assert_close(hidden, fresh.hidden, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(log_mass, fresh.log_mass, atol=1e-4, rtol=1e-3)
@@ -92,7 +94,7 @@ def make_trainer(target, folder, out, **kwargs):
     draft = reduced.from_target(target, frequent_ids(corpus, 60, [63]), [0], "f")
     held_out = Corpus([folder / "held-out"], TEMPERATURE)
     student = AutoregressiveStudent(draft)
-    return OfflineTrainer(student, Text(corpus), Text(held_out), config, out)
+    return OfflineTrainer(student, StoredText(corpus), StoredText(held_out), config, out)
 
 
 @pytest.mark.parametrize("loss", losses.LOSSES)
@@ -134,7 +136,7 @@ def test_a_resumed_training_ends_where_an_unbroken_one_does(target, folder, tmp_
     ("fields", "match"),
     [({"loss": "mse"}, "loss: 'mse'"), ({"visits": 0}, "visits: 0"),
      ({"learning_rate": float("nan")}, "learning_rate"), ({"warm_share": 2.0}, "warm_share"),
-     ({"neurons": -1}, "neurons")],
+     ({"neurons": -1}, "neurons"), ({"seconds": -1.0}, "seconds")],
 )  # fmt: skip
 def test_bad_training_options_are_refused_by_name(fields, match):
     with pytest.raises(UserError, match=match):
@@ -199,7 +201,7 @@ def head(request, target, folder):
     """A student that reads the target, and its text with features."""
     corpus = Corpus([folder / "train"], TEMPERATURE)
     held_out = Corpus([folder / "held-out"], TEMPERATURE)
-    texts = [Text(part, Features(part, target, (0, 1, 2))) for part in (corpus, held_out)]
+    texts = [StoredText(part, target, (0, 1, 2)) for part in (corpus, held_out)]
     return HEADS[request.param](target, frequent_ids(corpus, 60, [62, 63])), texts
 
 
@@ -222,9 +224,9 @@ def test_training_a_head_raises_its_held_out_acceptance_and_is_resumed(head, tmp
 def test_features_are_kept_beside_the_shards_and_are_the_targets_states(head, target):
     _, (text, _) = head
     batch = torch.tensor([3, 1])
-    features = text.features.batch(batch)
-    again = Features(text.corpus, None, (0, 1, 2))  # nothing is left to run
-    assert torch.equal(again.batch(batch), features)
+    features = text.features(batch)
+    again = StoredText(text.corpus, None, (0, 1, 2))  # nothing is left to run
+    assert torch.equal(again.features(batch), features)
     tokens = text.corpus.tokens[batch][:, : features.shape[1]]
     states = target(tokens, output_hidden_states=True).hidden_states
     for row, length in enumerate(text.corpus.lengths[i] for i in batch.tolist()):
@@ -232,17 +234,47 @@ def test_features_are_kept_beside_the_shards_and_are_the_targets_states(head, ta
         torch.testing.assert_close(features[row, :length].float(), expected, atol=2e-2, rtol=2e-2)
 
 
+def test_a_recomputed_text_says_what_a_stored_one_does(head, target, folder, tmp_path):
+    _, (text, _) = head
+    for shard in write_shards(target, tiny.tokenizer(), replace(TEXT, states=False)):
+        shard.save(tmp_path, TEMPERATURE)
+    bare = Corpus([tmp_path], TEMPERATURE)
+    again = RecomputedText(bare, target, (0, 1, 2))
+    for batch in (torch.tensor([3, 1]), torch.tensor([0, 20])):
+        for mine, stored, sequence in zip(
+            again.features(batch), text.features(batch), batch.tolist(), strict=True
+        ):
+            rows = slice(bare.lengths[sequence])  # behind them anything may stand
+            torch.testing.assert_close(
+                mine[rows].to(torch.bfloat16), stored[rows], atol=2e-2, rtol=2e-2
+            )
+        for mine, stored in zip(again.teacher(batch), text.teacher(batch), strict=True):
+            torch.testing.assert_close(mine, stored, atol=1e-4, rtol=1e-3)
+    with pytest.raises(UserError, match="written without states"):
+        StoredText(bare).teacher(batch)
+
+
+def test_the_clock_may_decide_how_long_training_takes(target, folder, tmp_path, monkeypatch):
+    trainer = make_trainer(target, folder, tmp_path, visits=1, seconds=60.0)
+    monkeypatch.setattr(offline.time, "perf_counter", itertools.count(step=5.0).__next__)
+    *_, end = trainer.run()
+    assert end.step == trainer.steps == 12
+    rates = [offline._cosine(step, 12, 3) for step in (2, 11)]
+    assert trainer._optimizer.param_groups[0]["lr"] == pytest.approx(2e-3 * rates[1])
+    assert rates[1] < 0.1 < rates[0]
+
+
 def test_a_student_predicts_what_its_drafter_drafts(head, monkeypatch):
     """The row of counted position t is the drafter's row for token t + 1."""
     student, (text, _) = head
-    stored = Features.batch
-    monkeypatch.setattr(Features, "batch", lambda self, batch: stored(self, batch).float())
+    stored = StoredText.features
+    monkeypatch.setattr(StoredText, "features", lambda self, batch: stored(self, batch).float())
     model = student.model.float().eval()
     with torch.no_grad():
-        rows = student.predict(text.corpus, text.features, torch.tensor([2]))
+        rows = student.predict(text, torch.tensor([2]))
         logits = model.lm_head(rows.hidden)
     tokens = text.corpus.tokens[2].tolist()
-    features = text.features.batch(torch.tensor([2]))[0]
+    features = text.features(torch.tensor([2]))[0]
     compared = 0
     # a chain reads its own drafts, which text does not hold; a block has only its root
     depths = 1 if isinstance(student, Eagle3Student) else 3

@@ -2,9 +2,9 @@
 
 A corpus is a folder of shards. A shard is one safetensors file: ``tokens`` int32 [S, L], sequences
 padded with zeros; ``counts`` uint8 [S, L-1], row t counts if the target generated token t+1;
-``hidden`` [R, H], the target's final hidden state of every counted row, sequence after sequence;
-``log_mass`` float32 [R], logsumexp of its logits / temperature. Teacher probabilities come from
-these with the frozen head, so the target itself is not run again.
+``log_mass`` float32 [R], logsumexp of the target's logits / temperature at every counted row,
+sequence after sequence; ``hidden`` [R, H], its final hidden states there, unless the text was
+written without. Teacher probabilities come from these with the frozen head.
 """
 
 from bisect import bisect_right
@@ -25,8 +25,8 @@ class Shard:
 
     tokens: torch.Tensor
     counts: torch.Tensor
-    hidden: torch.Tensor
     log_mass: torch.Tensor
+    hidden: torch.Tensor | None
 
     def save(self, folder: Path, temperature: float) -> None:
         """Add to the corpus in ``folder``; a shard appears whole or not at all."""
@@ -35,9 +35,10 @@ class Shard:
         tensors = {
             "tokens": self.tokens.int(),
             "counts": self.counts.to(torch.uint8),
-            "hidden": self.hidden,
             "log_mass": self.log_mass,
         }
+        if self.hidden is not None:
+            tensors["hidden"] = self.hidden
         tensors = {key: value.cpu().contiguous() for key, value in tensors.items()}
         partial = folder / f".{name}.partial"
         save_file(tensors, partial, {"temperature": str(temperature)})
@@ -45,7 +46,7 @@ class Shard:
 
 
 class Corpus:
-    """Shards of one or more folders; hidden states are read from disk when asked for.
+    """Shards of one or more folders; hidden states stay on disk until they are asked for.
 
     Args:
         folders: each written by `tts selftext`.
@@ -60,13 +61,14 @@ class Corpus:
         if not files:
             names = ", ".join(map(str, folders))
             raise UserError(f"corpus: no shards in {names}: write some with `tts selftext`")
-        tokens, counts = [], []
+        tokens, counts, log_mass = [], [], []
         self._shards = []
         for file in files:
             try:
                 shard = safe_open(file, "pt")
                 tokens.append(shard.get_tensor("tokens"))
                 counts.append(shard.get_tensor("counts").bool())
+                log_mass.append(shard.get_tensor("log_mass"))
             except (SafetensorError, OSError) as error:
                 raise UserError(f"corpus: {file} is damaged ({error}): delete it") from None
             if float(shard.metadata()["temperature"]) != temperature:
@@ -79,6 +81,8 @@ class Corpus:
         pad = torch.nn.functional.pad
         self.tokens = torch.cat([pad(t, (0, length - t.shape[1])) for t in tokens])
         self.counts = torch.cat([pad(c, (0, length - 1 - c.shape[1])) for c in counts])
+        self._sizes: list[int] = self.counts.sum(1).tolist()  # counted rows of each sequence
+        self._log_mass = torch.cat(log_mass).split(self._sizes)
         # rows of each sequence up to the last that counts: nothing is learned after them
         rows = torch.arange(1, length)
         self.lengths: list[int] = (self.counts * rows).amax(1).tolist()
@@ -101,16 +105,29 @@ class Corpus:
         """The sequences of a shard."""
         return range(self._first_sequence[shard], self._first_sequence[shard + 1])
 
-    def teacher(self, sequences: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(hidden [R, H], log_mass [R]) of the counted rows of ``sequences``, in their order."""
-        hidden, log_mass = [], []
+    def log_mass(self, sequences: torch.Tensor) -> torch.Tensor:
+        """log_mass [R] of the counted rows of ``sequences``, in their order."""
+        return torch.cat([self._log_mass[sequence] for sequence in sequences.tolist()])
+
+    def states(self, sequences: torch.Tensor) -> torch.Tensor:
+        """The target's final hidden states [R, H] of the counted rows of ``sequences``.
+
+        Raises:
+            UserError: where the text was written without them.
+        """
+        parts = []
         for sequence in sequences.tolist():
-            shard = self._shards[self.shard(sequence)]
+            shard = self.shard(sequence)
             start = self._first_row[sequence]
-            rows = slice(start, start + int(self.counts[sequence].sum()))
-            hidden.append(shard.get_slice("hidden")[rows])
-            log_mass.append(shard.get_slice("log_mass")[rows])
-        return torch.cat(hidden), torch.cat(log_mass)
+            rows = slice(start, start + self._sizes[sequence])
+            try:
+                parts.append(self._shards[shard].get_slice("hidden")[rows])
+            except SafetensorError:
+                raise UserError(
+                    f"corpus: {self.files[shard]} was written without states: train with "
+                    "--recompute true"
+                ) from None
+        return torch.cat(parts)
 
 
 @torch.inference_mode()
@@ -127,7 +144,7 @@ def annotate(
             for rows in hidden.split(512)
         ]
     )
-    return Shard(tokens, counts, hidden, log_mass)
+    return Shard(tokens, counts, log_mass, hidden)
 
 
 def read_tokens(file: Path, length: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,8 +1,7 @@
 """Train a draft before it ships: from text that its target wrote, for the overlap it decodes with.
 
-Teacher probabilities are recomputed from cached hidden states with the frozen head; the target
-itself is not needed. Runs on CPU and GPU, in bfloat16 with float32 master weights, and goes on
-where it was stopped.
+Teacher probabilities come from the target's final hidden states and its frozen head. Runs on CPU
+and GPU, in bfloat16 with float32 master weights, and goes on where it was stopped.
 """
 
 import json
@@ -11,28 +10,21 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from tts.distill.corpus import Corpus
-from tts.distill.features import Features
 from tts.distill.losses import LOSSES, overlap
 from tts.distill.students import Predictions, Student
+from tts.distill.text import Text
 from tts.errors import UserError
 
 # logit rows held at a time: on a CPU few enough that the allocator reuses the same pages
 ROWS = {"cpu": 384, "cuda": 8192}
 GAMMA = 4  # acceptance length is reported at this speculation length
 LENT = ("embed_tokens.weight", "lm_head.weight")  # the target's, never trained
-
-
-class Text(NamedTuple):
-    """A corpus, and what the target's layers hold over it if the draft reads them."""
-
-    corpus: Corpus
-    features: Features | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +45,8 @@ class OfflineConfig:
         temperature: at which p and q are compared: that of decoding.
         batch_size: sequences a step.
         visits: tokens to train on, repetitions counted.
+        seconds: train for so long instead, whatever ``visits`` says: for a machine that is lent
+            (0: visits decide).
         learning_rate: peak of a cosine schedule with ``warmup`` steps.
         weight_decay: of AdamW.
         clip: maximal gradient norm.
@@ -73,6 +67,7 @@ class OfflineConfig:
     temperature: float = 0.8
     batch_size: int = 64
     visits: int = 2_000_000
+    seconds: float = 0.0
     learning_rate: float = 2e-3
     warmup: int = 50
     weight_decay: float = 0.01
@@ -89,6 +84,8 @@ class OfflineConfig:
         for name in ("temperature", "learning_rate", "clip", "decay"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name}: {getattr(self, name)} is not positive")
+        if not self.seconds >= 0:
+            raise UserError(f"seconds: {self.seconds} is negative: use 0 to let visits decide")
         if self.neurons < 0:
             raise UserError(f"neurons: {self.neurons} is negative: use 0 for all of the target's")
         if not 0 <= self.warm_share <= 1:
@@ -138,14 +135,28 @@ class OfflineTrainer:
         for parameter in self._parameters:
             parameter.requires_grad_(True)
         self._optimizer = torch.optim.AdamW(
-            self._parameters, config.learning_rate, (0.9, 0.95), weight_decay=config.weight_decay
+            self._parameters,
+            config.learning_rate,
+            (0.9, 0.95),
+            weight_decay=config.weight_decay,
+            fused=self._head.is_cuda,
         )
         self.step = 0
         self._seconds = 0.0
         self.tokens_per_step = config.batch_size * text.corpus.tokens.shape[1]
-        self.steps = max(1, config.visits // self.tokens_per_step)
         if self._checkpoint.is_file():
             self._resume()
+
+    @property
+    def steps(self) -> int:
+        """Of the whole training; where the clock decides, as many as the pace so far gives."""
+        if not self.config.seconds:
+            return max(1, self.config.visits // self.tokens_per_step)
+        if self._seconds >= self.config.seconds:
+            return self.step
+        return self.step + max(
+            1, int(self.step * (self.config.seconds / max(self._seconds, 1e-3) - 1))
+        )
 
     def run(self, on_step: Callable[[], object] = lambda: None) -> Iterator[Report]:
         """Train to the end, yielding an evaluation every ``every`` steps and after the last."""
@@ -156,7 +167,7 @@ class OfflineTrainer:
             self.step += 1
             on_step()
             self._seconds += time.perf_counter() - began
-            if self.step % self.config.every == 0 or self.step == self.steps:
+            if self.step % self.config.every == 0 or self.step >= self.steps:
                 report = self.evaluate(torch.stack(losses).mean().item())
                 losses = []
                 self._save()
@@ -173,7 +184,8 @@ class OfflineTrainer:
         for batch in everything.split(self.config.batch_size):
             rows = self._predict(self._held_out, batch)
             values = [
-                overlap(p, q).cpu() for p, q in self._compare(rows, rows.hidden, corpus, batch)
+                overlap(p, q).cpu()
+                for p, q in self._compare(rows, rows.hidden, self._held_out, batch)
             ]
             grid = torch.full((self.student.depths, len(batch) * counts.shape[1]), math.nan)
             grid[rows.depth.cpu(), rows.position.cpu()] = torch.cat(values)
@@ -213,7 +225,7 @@ class OfflineTrainer:
         # the head is frozen: its rows are walked through in chunks, gradients meet at its input
         leaf = rows.hidden.detach().requires_grad_(True)
         total = torch.zeros((), device=leaf.device)
-        pairs = self._compare(rows, leaf, self._text.corpus, batch)
+        pairs = self._compare(rows, leaf, self._text, batch)
         for (log_p, log_q), part in zip(pairs, weight.split(self._rows), strict=True):
             loss = loss_of(log_p, log_q) @ part
             loss.backward()
@@ -226,16 +238,16 @@ class OfflineTrainer:
 
     def _predict(self, text: Text, batch: torch.Tensor) -> Predictions:
         with torch.autocast(self._head.device.type, torch.bfloat16):
-            rows = self.student.predict(text.corpus, text.features, batch)
+            rows = self.student.predict(text, batch)
         return rows._replace(hidden=rows.hidden.float())
 
     def _compare(
-        self, rows: Predictions, hidden: torch.Tensor, corpus: Corpus, batch: torch.Tensor
+        self, rows: Predictions, hidden: torch.Tensor, text: Text, batch: torch.Tensor
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(log p, log q) over the draft's ids, a few rows at a time; p's other mass is missing."""
         head, temperature = self._head, self.config.temperature
-        teacher, log_mass = (x.to(head.device) for x in corpus.teacher(batch))
-        counted = corpus.counts[batch].flatten().to(head.device)
+        teacher, log_mass = (x.to(head.device) for x in text.teacher(batch))
+        counted = text.corpus.counts[batch].flatten().to(head.device)
         index = (counted.cumsum(0) - 1)[rows.position]  # of the teacher's row
         for own, at in zip(hidden.split(self._rows), index.split(self._rows), strict=True):
             log_p = (teacher[at].to(head.dtype) @ head.T).float() / temperature

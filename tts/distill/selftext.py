@@ -49,6 +49,8 @@ class SelfTextConfig:
         top_p: nucleus of both, taken within the ``CANDIDATES`` most likely ids.
         max_user: tokens after which a user turn is ended.
         max_answer: tokens after which an answer is ended.
+        states: keep the target's final states, 1,152 bytes a token of the default model, so that
+            training need not run it again.
         seed: of everything random.
     """
 
@@ -60,6 +62,7 @@ class SelfTextConfig:
     top_p: float = 0.95
     max_user: int = 64
     max_answer: int = 400
+    states: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -102,7 +105,8 @@ def _write(model: PreTrainedModel, script: "_Script", config: SelfTextConfig) ->
             logits = model(
                 input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1
             ).logits[:, -1]
-        hidden.append(head.hidden[:, -1])
+        if config.states:
+            hidden.append(head.hidden[:, -1])
         log_mass.append((logits.float() / config.temperature).logsumexp(-1))
         step, answered = script.next(_sample(logits, script.temperature, config.top_p, script))
         step = step[:, None]
@@ -111,7 +115,10 @@ def _write(model: PreTrainedModel, script: "_Script", config: SelfTextConfig) ->
     counts = torch.cat(generated, 1)[:, 1:]
     asked = counts[:, opening.shape[1] - 1 :]  # rows before have no hidden state, and count not
     return Shard(
-        torch.cat(tokens, 1), counts, torch.stack(hidden, 1)[asked], torch.stack(log_mass, 1)[asked]
+        torch.cat(tokens, 1),
+        counts,
+        torch.stack(log_mass, 1)[asked],
+        torch.stack(hidden, 1)[asked] if config.states else None,
     )
 
 

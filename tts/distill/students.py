@@ -11,8 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from transformers import DynamicCache
 
-from tts.distill.corpus import Corpus
-from tts.distill.features import Features
+from tts.distill.text import Text
 from tts.drafting import dflash_checkpoint, eagle3_checkpoint, reduced
 from tts.drafting.dflash_model import DFlash
 from tts.drafting.eagle3_model import Eagle3
@@ -35,9 +34,7 @@ class Student(Protocol):
     model: Any
     depths: int  # different depths it predicts at
 
-    def predict(
-        self, corpus: Corpus, features: Features | None, batch: torch.Tensor
-    ) -> Predictions:
+    def predict(self, text: Text, batch: torch.Tensor) -> Predictions:
         """All rows of the sequences ``batch`` whose position counts."""
         ...
 
@@ -54,13 +51,11 @@ class AutoregressiveStudent:
     def __init__(self, model: reduced.ReducedLlamaForCausalLM) -> None:
         self.model = model
 
-    def predict(
-        self, corpus: Corpus, features: Features | None, batch: torch.Tensor
-    ) -> Predictions:
+    def predict(self, text: Text, batch: torch.Tensor) -> Predictions:
         device = self.model.device
-        tokens = corpus.tokens[batch][:, :-1].to(device)
+        tokens = text.corpus.tokens[batch][:, :-1].to(device)
         hidden = self.model.model(input_ids=tokens).last_hidden_state.flatten(0, 1)
-        position = corpus.counts[batch].to(device).flatten().nonzero()[:, 0]
+        position = text.corpus.counts[batch].to(device).flatten().nonzero()[:, 0]
         return Predictions(hidden[position], position, torch.zeros_like(position))
 
     def save(self, folder: Path) -> None:
@@ -80,11 +75,9 @@ class PardStudent:
     def __init__(self, model: reduced.ReducedLlamaForCausalLM, depths: int, share: float) -> None:
         self.model, self.depths, self._share = model, depths, share
 
-    def predict(
-        self, corpus: Corpus, features: Features | None, batch: torch.Tensor
-    ) -> Predictions:
+    def predict(self, text: Text, batch: torch.Tensor) -> Predictions:
         device = self.model.device
-        tokens = corpus.tokens[batch][:, :-1].to(device)
+        tokens = text.corpus.tokens[batch][:, :-1].to(device)
         count = tokens.shape[1]
         if torch.is_grad_enabled():
             random = torch.Generator().manual_seed(int(batch.sum()))
@@ -104,7 +97,7 @@ class PardStudent:
             attention_mask=seen[None, None],
             position_ids=row[None],
         ).last_hidden_state
-        counted = corpus.counts[batch].to(device)[:, row]
+        counted = text.corpus.counts[batch].to(device)[:, row]
         position = row + count * torch.arange(len(batch), device=device)[:, None]
         depth = torch.cat([ahead.new_zeros(count), ahead]).expand(len(batch), -1)
         return Predictions(hidden[counted], position[counted], depth[counted])
@@ -125,15 +118,12 @@ class Eagle3Student:
     def __init__(self, model: Eagle3, depths: int, share: float) -> None:
         self.model, self.depths, self._share = model, depths, share
 
-    def predict(
-        self, corpus: Corpus, features: Features | None, batch: torch.Tensor
-    ) -> Predictions:
-        assert features is not None
+    def predict(self, text: Text, batch: torch.Tensor) -> Predictions:
         device = self.model.device
-        read = features.batch(batch)[:, :-1].to(device)
+        read = text.features(batch)[:, :-1].to(device)
         pairs = read.shape[1]
-        tokens = corpus.tokens[batch][:, 1 : pairs + 1].to(device)
-        counts = corpus.counts[batch].to(device)
+        tokens = text.corpus.tokens[batch][:, 1 : pairs + 1].to(device)
+        counts = text.corpus.counts[batch].to(device)
         every = torch.arange(counts.numel(), device=device).view(counts.shape)
         roots = torch.arange(pairs)
         if torch.is_grad_enabled():
@@ -166,15 +156,12 @@ class DFlashStudent:
     def __init__(self, model: DFlash, share: float) -> None:
         self.model, self.depths, self._share = model, model.config.block_size - 1, share
 
-    def predict(
-        self, corpus: Corpus, features: Features | None, batch: torch.Tensor
-    ) -> Predictions:
-        assert features is not None
+    def predict(self, text: Text, batch: torch.Tensor) -> Predictions:
         device, size = self.model.device, self.depths + 1
-        read = features.batch(batch).to(device)
+        read = text.features(batch).to(device)
         rows = read.shape[1]
-        tokens = corpus.tokens[batch][:, :rows].to(device)
-        counts = corpus.counts[batch].to(device)
+        tokens = text.corpus.tokens[batch][:, :rows].to(device)
+        counts = text.corpus.counts[batch].to(device)
         if torch.is_grad_enabled():
             random = torch.Generator().manual_seed(int(batch.sum()))
             # an anchor's first prediction counts, so that none is spent on padding or prompts
