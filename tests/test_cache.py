@@ -99,4 +99,4 @@ def test_the_cache_is_transformers_own_and_crops_like_it():
 
 def test_a_layer_that_cannot_be_rolled_back_is_refused():
     with pytest.raises(UserError, match="LinearAttentionAndFullAttentionLayer"):
-        _rollback(LinearAttentionAndFullAttentionLayer(), None)
+        _rollback(LinearAttentionAndFullAttentionLayer(), None, BLOCK)

@@ -171,6 +171,19 @@ def test_losses_by_hand():
         assert loss(log_p, log_p).item() == pytest.approx(0, abs=1e-5)
 
 
+def test_the_gradient_of_the_overlap_is_that_of_its_formula():
+    torch.manual_seed(0)
+    log_p, x = torch.randn(2, 5, 40).log_softmax(-1) - 0.1
+    x.requires_grad_(True)
+    weight = torch.rand(5)
+    (expected,) = torch.autograd.grad(
+        torch.minimum(log_p, x.log_softmax(-1)).exp().sum(-1) @ weight, x
+    )
+    (got,) = torch.autograd.grad(losses.overlap(log_p, x.log_softmax(-1)) @ weight, x)
+    torch.testing.assert_close(got, expected)
+    assert expected.abs().max() > 0.01
+
+
 def test_missing_mass_is_lost_overlap_but_no_loss_of_a_divergence():
     whole = torch.tensor([[0.4, 0.4, 0.2]])
     kept = whole[:, :2].log()
@@ -202,6 +215,7 @@ def head(request, target, folder):
     corpus = Corpus([folder / "train"], TEMPERATURE)
     held_out = Corpus([folder / "held-out"], TEMPERATURE)
     texts = [StoredText(part, target, (0, 1, 2)) for part in (corpus, held_out)]
+    torch.manual_seed(0)
     return HEADS[request.param](target, frequent_ids(corpus, 60, [62, 63])), texts
 
 

@@ -75,6 +75,11 @@ def attention(
     return output.transpose(1, 2), None
 
 
+def whole_steps(positions: int) -> int:
+    """The least multiple of `STEP` that holds so many."""
+    return -(-positions // STEP) * STEP
+
+
 def _few_rows(
     query: torch.Tensor,
     key: torch.Tensor,

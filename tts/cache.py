@@ -19,8 +19,7 @@ from transformers.cache_utils import (
 
 from tts.errors import UserError
 
-# positions added when a buffer is full; a multiple of `tts.attention.STEP`, so that there is always
-# room up to the next multiple of it
+# positions added when a buffer is full
 BLOCK = 1024
 # a row stride of a large power of two maps all rows to the same few cache sets
 STRIDE_PAD = 32
@@ -32,13 +31,16 @@ class RollbackLayer(CacheLayerMixin):
     Args:
         window: if given, a position sees only the newest ``window`` keys, itself included. All keys
             are kept, so a rollback can bring older ones back into the window.
+        block: positions added when the buffers are full; a multiple of `tts.attention.STEP`, so
+            that there is always room up to the next multiple of it.
     """
 
     is_croppable = True
 
-    def __init__(self, window: int | None = None) -> None:
+    def __init__(self, window: int | None = None, block: int = BLOCK) -> None:
         super().__init__()
         self.window = window
+        self._block = block
         self.length = 0
         self._keys: torch.Tensor | None = None  # [batch, key_heads, capacity, head_dim]
         self._values: torch.Tensor | None = None
@@ -57,8 +59,9 @@ class RollbackLayer(CacheLayerMixin):
         rows = key_states.shape[2]
         end = self.length + rows
         if self._keys is None or end > self._keys.shape[2] - STRIDE_PAD:
-            self._keys = _grown(self._keys, key_states, self.length, end)
-            self._values = _grown(self._values, value_states, self.length, end)
+            capacity = -(-end // self._block) * self._block + STRIDE_PAD
+            self._keys = _grown(self._keys, key_states, self.length, capacity)
+            self._values = _grown(self._values, value_states, self.length, capacity)
         assert self._values is not None
         self._keys[:, :, self.length : end] = key_states
         self._values[:, :, self.length : end] = value_states
@@ -100,14 +103,18 @@ class RollbackCache(Cache):
     Args:
         config: of the model that will write to this cache.
         window: impose a sliding window on every attention layer (see `RollbackLayer`).
+        block: see `RollbackLayer`.
 
     Raises:
         UserError: if a layer type can be neither rolled back nor snapshotted.
     """
 
-    def __init__(self, config: PreTrainedConfig, window: int | None = None) -> None:
+    def __init__(
+        self, config: PreTrainedConfig, window: int | None = None, block: int = BLOCK
+    ) -> None:
         # transformers reads the layer types from the config; only the storage is replaced
-        super().__init__(layers=[_rollback(x, window) for x in DynamicCache(config=config).layers])
+        stock = DynamicCache(config=config).layers
+        super().__init__(layers=[_rollback(layer, window, block) for layer in stock])
         self._recurrent = [x for x in self.layers if isinstance(x, LinearAttentionLayer)]
         self.window = window
 
@@ -183,13 +190,13 @@ def _clone(state: torch.Tensor | None) -> torch.Tensor | None:
     return None if state is None else state.clone()
 
 
-def _rollback(layer: Any, window: int | None) -> Any:
+def _rollback(layer: Any, window: int | None, block: int) -> Any:
     """The layer that stores what ``layer`` stores, with rollback."""
     if type(layer) is DynamicLayer:
-        return RollbackLayer(window)
+        return RollbackLayer(window, block)
     if type(layer) is DynamicSlidingWindowLayer:
         narrow = layer.sliding_window
-        return RollbackLayer(narrow if window is None else min(narrow, window))
+        return RollbackLayer(narrow if window is None else min(narrow, window), block)
     if type(layer) is LinearAttentionLayer:
         return layer
     raise UserError(
@@ -199,9 +206,8 @@ def _rollback(layer: Any, window: int | None) -> Any:
 
 
 def _grown(
-    buffer: torch.Tensor | None, states: torch.Tensor, length: int, needed: int
+    buffer: torch.Tensor | None, states: torch.Tensor, length: int, capacity: int
 ) -> torch.Tensor:
-    capacity = -(-needed // BLOCK) * BLOCK + STRIDE_PAD
     batch, heads, _, head_dim = states.shape
     grown = states.new_zeros(batch, heads, capacity, head_dim)
     if buffer is not None:

@@ -10,6 +10,7 @@ may be below one, and the missing mass is overlap that no draft can win.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -19,8 +20,25 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def overlap(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """sum_x min(p, q), the acceptance probability: `[..., ids]` to `[...]`."""
-    return torch.minimum(log_p, log_q).exp().sum(-1)
+    """sum_x min(p, q), the acceptance probability: `[..., ids]` to `[...]`.
+
+    Differentiable in ``log_q`` alone.
+    """
+    return _Overlap.apply(log_p, log_q)  # type: ignore[no-any-return]
+
+
+class _Overlap(torch.autograd.Function):
+    """As a function of its own it reads and writes the wide rows half as often."""
+
+    @staticmethod
+    def forward(ctx: Any, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(log_p, log_q)
+        return torch.minimum(log_p, log_q).exp_().sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor]:
+        log_p, log_q = ctx.saved_tensors
+        return None, log_q.exp().masked_fill_(log_q > log_p, 0.0).mul_(grad[..., None])
 
 
 def overlap_loss(log_weight: float) -> Loss:

@@ -250,9 +250,10 @@ class OfflineTrainer:
         counted = text.corpus.counts[batch].flatten().to(head.device)
         index = (counted.cumsum(0) - 1)[rows.position]  # of the teacher's row
         for own, at in zip(hidden.split(self._rows), index.split(self._rows), strict=True):
-            log_p = (teacher[at].to(head.dtype) @ head.T).float() / temperature
-            log_q = ((own.to(head.dtype) @ head.T).float() / temperature).log_softmax(-1)
-            yield log_p - log_mass[at, None], log_q
+            said = teacher[at].to(head.dtype) @ head.T
+            log_p = torch.add(-log_mass[at, None], said, alpha=1 / temperature)
+            drafted = (own / temperature).to(head.dtype) @ head.T
+            yield log_p, drafted.log_softmax(-1, torch.float32)
 
     @property
     def _rows(self) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tts.attention import whole_steps
 from tts.cache import RollbackCache
 from tts.cached_model import HeadInput
 from tts.chat import ChatFormat
@@ -95,7 +96,7 @@ def write_shards(
 
 @torch.inference_mode()
 def _write(model: PreTrainedModel, script: "_Script", config: SelfTextConfig) -> Shard:
-    cache = RollbackCache(model.config)
+    cache = RollbackCache(model.config, block=whole_steps(config.length))
     opening = script.opening.expand(script.rows, -1)
     tokens, generated = [opening], [torch.zeros_like(opening, dtype=torch.bool)]
     hidden, log_mass = [], []

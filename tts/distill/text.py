@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from tts.attention import whole_steps
+from tts.cache import RollbackCache
 from tts.distill.corpus import Corpus
 from tts.errors import UserError
 
@@ -134,7 +136,12 @@ def _states(
     """Hidden states `[sequences, longest, hidden]`: the last, after ``every`` other layer's."""
     longest = max(corpus.lengths[sequence] for sequence in sequences.tolist())
     tokens = corpus.tokens[sequences][:, :longest].to(target.device)
-    output = target.base_model(input_ids=tokens, use_cache=False, output_hidden_states=every)
+    # the cache is of no use but for the shorter way through the model (`tts.llama`)
+    cache = RollbackCache(target.config, block=whole_steps(longest))
+    with torch.autocast(target.device.type, enabled=False):
+        output = target.base_model(
+            input_ids=tokens, past_key_values=cache, output_hidden_states=every
+        )
     return output.hidden_states if every else (output.last_hidden_state,)
 
 
