@@ -7,7 +7,7 @@ import subprocess
 import sys
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -106,13 +106,19 @@ def _provenance() -> str:
         except OSError:
             return ""
 
+    def version_of(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
     lines = [
         shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         f"time: {datetime.now(UTC).isoformat(timespec='seconds')}",
         f"commit: {git('rev-parse', 'HEAD') or 'unknown'}",
         f"changed: {'yes' if git('status', '--porcelain', '-uno') else 'no'}",
         f"python: {sys.version.split()[0]}",
-        *(f"{package}: {version(package)}" for package in PACKAGES),
+        *(f"{package}: {version_of(package)}" for package in PACKAGES),
         f"cpus: {os.cpu_count()}",
     ]
     return "\n".join(lines) + "\n"
