@@ -183,7 +183,7 @@ def _proposals(
 
 
 def _first(q: Distribution, position: int) -> int:
-    return int(q.ids[0, q.probs[0].argmax()])
+    return int(q.ids[q.probs.argmax()])
 
 
 def _context_cost(

@@ -83,7 +83,7 @@ class Block:
 
     sequence: list[int]  # everything up to and including the block
     rows: Rows
-    p: Distribution  # as decoded: warped
+    p: list[Distribution]  # as decoded: warped
     features: torch.Tensor | None  # of every position before the newest, if the draft reads them
 
 
@@ -178,9 +178,7 @@ def replay(
     """Overlap at every generated position, each measured before it was learned from."""
     draft = pair.draft if coordinator is None else coordinator.live
     head = pair.target.get_output_embeddings()
-    drafter = make_drafter(
-        draft, pair.target.config.vocab_size, draft_window, pair.target.device, memory
-    )
+    drafter = make_drafter(draft, pair.target.config.vocab_size, draft_window, memory)
     if coordinator is not None:
         lesson = coordinator.lesson(cast(TrainableDrafter, drafter))
     drafter.begin(lambda columns: Warper(sampling, 0, columns))
@@ -195,7 +193,7 @@ def replay(
             with torch.no_grad():
                 drafter.hear(head(block.rows.hidden), block.rows.first)
         q = drafter.catch_up(block.sequence, len(block.rows))
-        values += overlap(on_common_ids(block.p, q)).tolist()
+        values += overlap(on_common_ids(block.p, q))
         if coordinator is not None:
             coordinator.observe(lesson, block.rows, True, 0.0)
             coordinator.update(

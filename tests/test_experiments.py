@@ -446,7 +446,7 @@ def test_training_goes_on_from_a_trained_draft(drafter, written, tmp_path, capsy
 
     still = "--training.learning-rate=1e-12"
     first = trained("first", "--training.learning-rate=0.05")
-    assert trained("on", f"--start={tmp_path / 'first'}", still) == pytest.approx(first, abs=3e-3)
+    assert trained("on", f"--start={tmp_path / 'first'}", still) == pytest.approx(first, abs=6e-3)
     assert trained("new", still) != pytest.approx(first, abs=0.01)
 
 

@@ -18,6 +18,7 @@ from tests import (
 )
 from tests.heads import PAIRS
 from tests.test_kernels import exact_blocks
+from tests.test_laws import flattened
 from tts.cache import RollbackCache, RollbackLayer
 from tts.cached_model import CachedModel
 from tts.cached_model import Rows as DraftRows
@@ -99,8 +100,7 @@ def q_belongs_to_the_next_offset(patch):
 
     def propose(self, *args):
         proposal = honest(self, *args)
-        rolled = type(proposal.q)(proposal.q.ids.roll(1, 0), proposal.q.probs.roll(1, 0))
-        return proposal._replace(q=rolled)
+        return proposal._replace(q=[*proposal.q[-1:], *proposal.q[:-1]])
 
     patch.setattr(AutoregressiveDrafter, "propose", propose)
 
@@ -134,9 +134,7 @@ def an_update_happens_inside_a_round(patch):
 
     def propose(self, sequence, *args):
         proposal = honest(self, sequence, *args)
-        changed = proposal.q.probs**0.5
-        q = type(proposal.q)(proposal.q.ids, changed / changed.sum(-1, keepdim=True))
-        return proposal._replace(q=q)
+        return proposal._replace(q=[flattened(q) for q in proposal.q])
 
     patch.setattr(AutoregressiveDrafter, "propose", propose)
 

@@ -8,6 +8,7 @@ result.summary().mean_acceptance_length
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -38,7 +39,6 @@ from tts.sampling import (
     Recorded,
     Rejection,
     Warper,
-    join,
     on_common_ids,
     overlap,
 )
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 ACCEPTANCE = ("greedy", "rejection", "coupled")
 MAX_LAG = 128  # committed positions whose overlap may wait for the draft's row
-NOTHING = Proposal([], None, [], None)
+NOTHING = Proposal([], [], [], [])
 
 OnRound = Callable[[RoundRecord], None]
 
@@ -139,13 +139,13 @@ class SpeculativeDecoder:
     def session(self) -> Session:
         """Empty caches for a sequence; hand it to `generate` again to extend the sequence."""
         draft = self.pair.draft if self.coordinator is None else self.coordinator.live
-        window, device = self._draft_window, self.pair.target.device
-        drafter = make_drafter(draft, self._vocab_size, window, device, self._memory)
+        window = self._draft_window
+        drafter = make_drafter(draft, self._vocab_size, window, self._memory)
         lesson = None
         if self.coordinator is not None:  # else the drafter may be one that cannot learn
             lesson = self.coordinator.lesson(cast(TrainableDrafter, drafter))
         if self._lookup is not None and not isinstance(drafter, PromptLookupDrafter):
-            drafter = PromptLookupDrafter(self._lookup, window, drafter, device)
+            drafter = PromptLookupDrafter(self._lookup, window, drafter)
         return Session(CachedModel(self.pair.target, layers=drafter.layers), drafter, lesson)
 
     def generate(
@@ -285,12 +285,11 @@ class SpeculativeDecoder:
         on_path = min(cut.kept, verdict.num_accepted + 1, drafted)
         acceptance: Callable[[], list[float]] = list
         if on_path:
-            assert proposal.q is not None
             common = on_common_ids(p[:on_path], proposal.q[:on_path])
-            acceptance = lambda: run.rule.probability(common).tolist()  # noqa: E731
-            overlaps += [(session.generated + j, x) for j, x in enumerate(overlap(common).tolist())]
+            acceptance = partial(run.rule.probability, common)
+            overlaps += [(session.generated + j, x) for j, x in enumerate(overlap(common))]
         if cut.kept > drafted:
-            session.pending.append(p[drafted : drafted + 1])
+            session.pending.append(p[drafted])
         sequence.extend(new[: cut.kept])
         session.generated += cut.kept
         session.target.rollback(len(sequence) - 1)
@@ -409,11 +408,9 @@ class SpeculativeDecoder:
         return Rejection(seed) if self.acceptance == "rejection" and not greedy else Coupled(seed)
 
 
-def _settle(session: Session, late: Distribution | None) -> list[tuple[int, float]]:
+def _settle(session: Session, late: list[Distribution]) -> list[tuple[int, float]]:
     """(position, overlap) of all pending positions, now that the draft's rows ``late`` came."""
-    if late is None:
-        return []
-    values = overlap(on_common_ids(join(session.pending), late)).tolist()
+    values = overlap(on_common_ids(session.pending, late))
     first = session.generated - len(values)
     session.pending.clear()
     return [(first + i, value) for i, value in enumerate(values)]

@@ -283,7 +283,7 @@ def _load(
     model = model.eval().requires_grad_(False)
     if not stock:
         pack(model)
-        straighten(model, frozen=field == "target")
+        straighten(model)
     return model
 
 

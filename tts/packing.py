@@ -45,15 +45,22 @@ class PackedLinear(nn.Linear):
     matrices ``low_rank``, float32 `[in, rank]` and `[rank, out]`.
     """
 
-    packed: torch.ScriptObject
+    packed: torch.ScriptObject | None  # None: another layer's holds it (`tts.lean.join`)
     low_rank: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() or input.numel() > ROWS * self.in_features:
+        long = input.numel() > ROWS * self.in_features
+        if self.packed is None or long or torch.is_grad_enabled():
             result = super().forward(input)
         else:
             result = torch.ops.quantized.linear_dynamic_fp16(input.float(), self.packed)
         if self.low_rank is not None:
-            down, up = self.low_rank
-            result = result + input.float() @ down @ up
+            result = result + self.added(input)
         return result.to(input.dtype)
+
+    def added(self, input: torch.Tensor) -> torch.Tensor:
+        """What ``low_rank`` adds, in float32."""
+        if self.low_rank is None:
+            return input.new_zeros(*input.shape[:-1], self.out_features, dtype=torch.float32)
+        down, up = self.low_rank
+        return input.float() @ down @ up

@@ -1,87 +1,79 @@
 """From logits to distributions, and the laws by which drafted tokens are accepted.
 
 One function warps the logits of target and draft alike, in transformers' order. Distributions are
-kept as the ids that survived the truncation and their probabilities; the acceptance rules are
-lossless for whatever the draft proposes, given the distribution each token was really drawn from.
+kept as the ids that survived the truncation and their probabilities, a few dozen numbers on the
+host; the acceptance rules are lossless for whatever the draft proposes, given the distribution each
+token was really drawn from.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tts.settings import Sampling
 
 CANDIDATES = 256  # ids looked at first when truncating; nearly always enough, else 16 times more
+FEW = 256  # ids up to which plain floats are faster than arrays
+BITS = 2**64 - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Distribution:
-    """Probabilities of a few ids a row; ids that are not listed have probability zero."""
+class Distribution(NamedTuple):
+    """Probabilities of a few ids; ids that are not listed have probability zero."""
 
-    ids: torch.Tensor  # int64 [rows, n]; an id may come again with probability zero
-    probs: torch.Tensor  # float32 [rows, n], each row sums to one
+    ids: NDArray[np.int64]  # [n], each once
+    probs: NDArray[np.float32]  # [n], sums to one
 
-    def __len__(self) -> int:
-        return len(self.ids)
+    def of(self, token: int) -> float:
+        """Probability of ``token``."""
+        return float(self.probs[self.ids == token].sum())
 
-    def __getitem__(self, rows: slice) -> "Distribution":
-        return Distribution(self.ids[rows], self.probs[rows])
-
-    def of(self, ids: torch.Tensor) -> torch.Tensor:
-        """Probabilities of ``ids`` [rows, m] in each row, `[rows, m]`."""
-        size = 1 + max(int(self.ids.max()), int(ids.max()))
-        dense = self.probs.new_zeros(len(self), size).scatter_add_(1, self.ids, self.probs)
-        return dense.gather(1, ids)
+    def over(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Probabilities of ``ids`` [m], `[m]`."""
+        order = self.ids.argsort()
+        place = order[np.searchsorted(self.ids, ids, sorter=order).clip(max=len(order) - 1)]
+        return np.where(self.ids[place] == ids, self.probs[place], np.float32(0))
 
 
-def join(parts: list[Distribution]) -> Distribution:
-    """Stack rows; shorter ones are filled up with their first id at probability zero."""
-    width = max(part.ids.shape[1] for part in parts)
-    ids, probs = [], []
-    for part in parts:
-        missing = width - part.ids.shape[1]
-        ids.append(torch.cat([part.ids, part.ids[:, :1].expand(-1, missing)], 1))
-        probs.append(torch.nn.functional.pad(part.probs, (0, missing)))
-    return Distribution(torch.cat(ids), torch.cat(probs))
+# what p and q say of the ids that p lists, `[n]` each
+Common = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
-def on_common_ids(p: Distribution, q: Distribution) -> torch.Tensor:
-    """What p and q say of the ids that p lists, `[2, rows, n]`; each id counts once."""
-    return torch.stack([p.probs, q.of(p.ids) * (p.probs > 0)])
+def on_common_ids(p: Iterable[Distribution], q: Iterable[Distribution]) -> list[Common]:
+    """What p and q say of the ids that p lists, row by row."""
+    return [(mine.probs, other.over(mine.ids)) for mine, other in zip(p, q, strict=True)]
 
 
-def overlap(common: torch.Tensor) -> torch.Tensor:
-    """sum_x min(p(x), q(x)) of each row `[rows]`: the acceptance probability under `rejection`.
-
-    Args:
-        common: from `on_common_ids`.
-    """
-    return common.amin(0).sum(-1)
+def overlap(common: Sequence[Common]) -> list[float]:
+    """sum_x min(p(x), q(x)) of each row: the acceptance probability under `rejection`."""
+    return [float(np.minimum(p, q).sum()) for p, q in common]
 
 
-def match_probability(common: torch.Tensor) -> torch.Tensor:
-    """Probability that `Coupled` draws the same token from both, of each row `[rows]`.
+def match_probability(common: Sequence[Common]) -> list[float]:
+    """Probability that `Coupled` draws the same token from both, of each row.
 
     sum_x 1 / sum_y max(p(y)/p(x), q(y)/q(x)), over x in both supports (Daliri, Musco, Suresh 2024).
     In the order of rising q/p the maximum is p's for every y up to x and q's for every y after it,
     so two running sums do for all x: it is p q / (p-mass up to x * q + q-mass after x * p).
-
-    Args:
-        common: from `on_common_ids`.
     """
-    if common.shape[-1] <= CANDIDATES:
-        return common.new_tensor([_match(*row) for row in zip(*common.tolist(), strict=True)])
-    p, q = common
-    ratio, order = (q / p.clamp(min=1e-30)).sort(-1)  # ids that come again have neither
-    p, q = p.gather(-1, order), q.gather(-1, order)
-    after = (1 - q.cumsum(-1)).clamp(min=0)
-    return (q / torch.addcmul(after, p.cumsum(-1), ratio)).sum(-1)
+    return [_match(p.tolist(), q.tolist()) if len(p) <= FEW else _match_many(p, q)
+            for p, q in common]  # fmt: skip
+
+
+def _match_many(p: NDArray[Any], q: NDArray[Any]) -> float:
+    both = (p > 0) & (q > 0)
+    alone = p[~both].sum()
+    p, q = p[both].astype(float), q[both].astype(float)
+    order = (q / p).argsort()
+    p, q = p[order], q[order]
+    after = (1 - q.cumsum()).clip(min=0)
+    return float((q / ((alone + p.cumsum()) * (q / p) + after)).sum())
 
 
 def _match(p: list[float], q: list[float]) -> float:
-    """The same for one row of few ids: after a pass of the target each kernel takes 8 us, and most
-    ids have one of the two only."""
+    """The same for few ids, of which most have one of the two only."""
     both = sorted((y / x, x, y) for x, y in zip(p, q, strict=True) if x and y)
     before, after, total = sum(p) - sum(x for _, x, _ in both), 1.0, 0.0
     for ratio, x, y in both:
@@ -91,7 +83,7 @@ def _match(p: list[float], q: list[float]) -> float:
 
 
 class Warper:
-    """Logits to a `Distribution`, as transformers' processors and warpers would, in their order.
+    """Logits to `Distribution`s, as transformers' processors and warpers would, in their order.
 
     Repetition penalty, minimal length, suppressed ids, temperature, top-k, top-p, min-p. Ids tied
     with the last one kept by top-k or top-p are kept too, so that the set does not depend on the
@@ -109,8 +101,9 @@ class Warper:
         self._sampling = sampling
         self._prompt_length = prompt_length
         self._columns = columns
+        self._ids: NDArray[np.int64] | None = None if columns is None else columns.cpu().numpy()
 
-    def __call__(self, logits: torch.Tensor, sequence: list[int], first: int) -> Distribution:
+    def __call__(self, logits: torch.Tensor, sequence: list[int], first: int) -> list[Distribution]:
         """Warp consecutive rows: row j follows the prefix ``sequence[:first + j]``.
 
         Args:
@@ -122,43 +115,42 @@ class Warper:
         scores = logits.float()
         if self._columns is None:
             self._columns = torch.arange(scores.shape[1], device=scores.device)
-        columns = self._columns
-        scores = self._penalised(scores, columns, sequence, first)
-        scores = self._suppressed(scores, columns, first)
+        scores = self._penalised(scores, self._columns, sequence, first)
+        scores = self._suppressed(scores, self._columns, first)
         if sampling.temperature == 0:
-            best = scores.argmax(-1, keepdim=True)
-            return Distribution(columns[best], torch.ones_like(best, dtype=torch.float32))
+            best = scores.argmax(-1, keepdim=True).cpu().numpy()
+            return [self._row(row, np.ones(1, np.float32)) for row in best]
         whole = (scores / sampling.temperature).softmax(-1)
+        size = whole.shape[1]
         if not sampling.truncates:
-            return Distribution(columns.expand(len(whole), -1), whole)
-        size = min(whole.shape[1], max(CANDIDATES, 2 * sampling.top_k))
+            every = np.arange(size)
+            return [self._row(every, row) for row in whole.cpu().numpy()]
+        looked_at = min(size, max(CANDIDATES, 2 * sampling.top_k))
         while True:
-            probs, indices = whole.topk(size)
-            kept = self._kept(probs)
-            if size == whole.shape[1] or not kept[:, -1].any():
+            best, indices = (x.cpu().numpy() for x in whole.topk(looked_at))
+            kept = [self._kept(row) for row in best]
+            if looked_at == size or max(kept) < looked_at:
                 break
-            size = min(16 * size, whole.shape[1])
-        width = int(kept.sum(-1).max())
-        probs = (probs * kept)[:, :width]
-        return Distribution(columns[indices[:, :width]], probs / probs.sum(-1, keepdim=True))
+            looked_at = min(16 * looked_at, size)
+        rows = zip(kept, indices, best, strict=True)
+        return [self._row(index[:n], row[:n] / row[:n].sum()) for n, index, row in rows]
 
-    def _kept(self, probs: torch.Tensor) -> torch.Tensor:
-        """Which of the descending ``probs`` [rows, n] survive top-k, top-p and min-p."""
+    def _row(self, columns: NDArray[np.int64], probs: NDArray[np.float32]) -> Distribution:
+        return Distribution(columns if self._ids is None else self._ids[columns], probs)
+
+    def _kept(self, probs: NDArray[np.float32]) -> int:
+        """How many of the descending ``probs`` survive top-k, top-p and min-p."""
         sampling = self._sampling
-        kept = torch.ones_like(probs, dtype=torch.bool)
         if sampling.top_k:
-            kept &= probs >= probs[:, min(sampling.top_k, probs.shape[1]) - 1, None]
+            probs = probs[probs >= probs[min(sampling.top_k, len(probs)) - 1]]
         if sampling.top_p < 1:
-            left = probs * kept
-            mass = left.cumsum(-1)
-            bound = sampling.top_p * (mass[:, -1:] if sampling.top_k else 1)
-            inside = mass - left < bound
-            inside[:, 0] = True
-            last = probs.gather(1, inside.sum(-1, keepdim=True) - 1)
-            kept &= probs >= last
+            mass = probs.cumsum()
+            bound = sampling.top_p * (mass[-1] if sampling.top_k else 1)
+            last = max(int((mass - probs < bound).sum()) - 1, 0)
+            probs = probs[probs >= probs[last]]
         if sampling.min_p:
-            kept &= probs >= sampling.min_p * probs[:, :1]
-        return kept
+            probs = probs[probs >= sampling.min_p * probs[0]]
+        return len(probs)
 
     def _penalised(
         self, scores: torch.Tensor, columns: torch.Tensor, sequence: list[int], first: int
@@ -205,24 +197,24 @@ class AcceptanceRule(Protocol):
     """How tokens are drawn from the draft, and which of them the target keeps."""
 
     def draw(self, q: Distribution, position: int) -> int:
-        """A token from the single row ``q`` for absolute ``position``."""
+        """A token from ``q`` for absolute ``position``."""
         ...
 
     def judge(
-        self, p: Distribution, q: Distribution | None, drafts: list[int], first: int
+        self, p: list[Distribution], q: list[Distribution], drafts: list[int], first: int
     ) -> Verdict:
         """Accept a prefix of ``drafts`` and choose the token after it.
 
         Args:
             p: the target's rows for drafts 0..g-1 and the row after the last, `g + 1` rows.
-            q: the rows the drafts were drawn from, `g` rows (None if there are no drafts).
+            q: the rows the drafts were drawn from, `g` rows.
             drafts: the `g` drafted tokens.
             first: absolute position of the first draft.
         """
         ...
 
-    def probability(self, common: torch.Tensor) -> torch.Tensor:
-        """That a token drawn from each row of q is accepted, `[rows]`; see `on_common_ids`."""
+    def probability(self, common: Sequence[Common]) -> list[float]:
+        """That a token drawn from each row of q is accepted; see `on_common_ids`."""
         ...
 
 
@@ -234,34 +226,28 @@ class Rejection:
     """
 
     def __init__(self, seed: int) -> None:
-        self._random = torch.Generator().manual_seed(seed)
+        self._random = np.random.default_rng(seed & BITS)
 
     def draw(self, q: Distribution, position: int) -> int:
-        return self._choose(q.ids[0], q.probs[0])
+        return self._choose(q.ids, q.probs)
 
     def judge(
-        self, p: Distribution, q: Distribution | None, drafts: list[int], first: int
+        self, p: list[Distribution], q: list[Distribution], drafts: list[int], first: int
     ) -> Verdict:
         for j, token in enumerate(drafts):
-            assert q is not None
-            wanted = torch.tensor([[token]], device=p.ids.device)
-            ratio = float(p[j : j + 1].of(wanted)) / float(q[j : j + 1].of(wanted))
-            if self._uniform() >= ratio:
-                residual = (p.probs[j] - q[j : j + 1].of(p.ids[j : j + 1])[0]).clamp(min=0)
-                return Verdict(j, self._choose(p.ids[j], residual))
-        return Verdict(len(drafts), self._choose(p.ids[-1], p.probs[-1]))
+            if self._random.random() >= p[j].of(token) / q[j].of(token):
+                residual = (p[j].probs - q[j].over(p[j].ids)).clip(min=0)
+                return Verdict(j, self._choose(p[j].ids, residual))
+        return Verdict(len(drafts), self._choose(*p[-1]))
 
-    def probability(self, common: torch.Tensor) -> torch.Tensor:
+    def probability(self, common: Sequence[Common]) -> list[float]:
         return overlap(common)
 
-    def _uniform(self) -> float:
-        return float(torch.rand((), dtype=torch.float64, generator=self._random))
-
-    def _choose(self, ids: torch.Tensor, weights: torch.Tensor) -> int:
-        cumulative = weights.double().cumsum(-1)
-        point = self._uniform() * cumulative[-1]
+    def _choose(self, ids: NDArray[np.int64], weights: NDArray[np.float32]) -> int:
+        cumulative = weights.cumsum(dtype=float)
+        point = self._random.random() * cumulative[-1]
         # side="right": a point of exactly zero must not fall on an id of zero weight
-        return int(ids[int(torch.searchsorted(cumulative, point, side="right"))])
+        return int(ids[np.searchsorted(cumulative, point, side="right")])
 
 
 class Coupled:
@@ -277,24 +263,22 @@ class Coupled:
         self._seed = seed
 
     def draw(self, q: Distribution, position: int) -> int:
-        return self.choices(q, position)[0]
+        noise = exponential_noise(self._seed, position, q.ids)
+        return int(q.ids[(noise / q.probs).argmin()])
 
     def judge(
-        self, p: Distribution, q: Distribution | None, drafts: list[int], first: int
+        self, p: list[Distribution], q: list[Distribution], drafts: list[int], first: int
     ) -> Verdict:
         choices = self.choices(p, first)
         accepted = _common_prefix(drafts, choices)
         return Verdict(accepted, choices[accepted])
 
-    def probability(self, common: torch.Tensor) -> torch.Tensor:
+    def probability(self, common: Sequence[Common]) -> list[float]:
         return match_probability(common)
 
-    def choices(self, p: Distribution, first: int) -> list[int]:
+    def choices(self, p: list[Distribution], first: int) -> list[int]:
         """The target's token for each row of ``p``, at positions ``first``, ``first`` + 1, ..."""
-        positions = torch.arange(first, first + len(p), device=p.ids.device)
-        noise = exponential_noise(self._seed, positions[:, None], p.ids)
-        best = (noise / p.probs.double()).argmin(-1, keepdim=True)
-        return p.ids.gather(1, best)[:, 0].tolist()
+        return [self.draw(row, first + j) for j, row in enumerate(p)]
 
 
 class Recorded:
@@ -316,7 +300,7 @@ class Recorded:
         return self._rule.draw(q, position)
 
     def judge(
-        self, p: Distribution, q: Distribution | None, drafts: list[int], first: int
+        self, p: list[Distribution], q: list[Distribution], drafts: list[int], first: int
     ) -> Verdict:
         path = self._path[first - self._start :]
         accepted = _common_prefix(drafts, path)
@@ -324,7 +308,7 @@ class Recorded:
         mismatches = sum(a != b for a, b in zip(own, path, strict=False))
         return Verdict(accepted, path[accepted], mismatches)
 
-    def probability(self, common: torch.Tensor) -> torch.Tensor:
+    def probability(self, common: Sequence[Common]) -> list[float]:
         return self._rule.probability(common)
 
 
@@ -335,27 +319,23 @@ def _common_prefix(drafts: list[int], tokens: list[int]) -> int:
     return accepted
 
 
-def exponential_noise(seed: int, positions: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Exp(1) noise for (seed, position, token id), float64, never zero, of the broadcast shape.
+def exponential_noise(
+    seed: int, position: int | NDArray[np.uint64], ids: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Exp(1) noise for (seed, position, token id), never zero, of the broadcast shape.
 
     A hash instead of a generator: nothing of vocabulary size is kept, and a rejected tail cannot
     shift the noise of later positions.
     """
-    state = _mix(_mix(torch.tensor(seed, device=ids.device)) ^ positions)
-    bits = _mix(state ^ ids)
+    bits = _mix(_mix(_mix(seed & BITS) ^ position) ^ ids.view(np.uint64))
     # 52 bits, so that adding a half is exact and u lies strictly between 0 and 1
-    uniform = (_shifted(bits, 12).double() + 0.5) * 2.0**-52
-    return -uniform.log()
+    uniform = ((bits >> 12) + 0.5) * 2.0**-52
+    return -np.log(uniform)
 
 
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    """The finalizer of SplitMix64: a bijection of 64-bit integers, multiplication wrapping."""
-    x = x + -0x61C8864680B583EB
-    x = (x ^ _shifted(x, 30)) * -0x40A7B892E31B1A47
-    x = (x ^ _shifted(x, 27)) * -0x6B2FB644ECCEEE15
-    return x ^ _shifted(x, 31)
-
-
-def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical shift to the right of a signed 64-bit integer."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+def _mix(x: Any) -> Any:
+    """The finalizer of SplitMix64, a bijection of 64-bit integers: of one, or of an array."""
+    x = (x + 0x9E3779B97F4A7C15) & BITS
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & BITS
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & BITS
+    return x ^ (x >> 31)

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tts.errors import UserError
+from tts.lean import separate
 from tts.packing import PackedLinear
 
 NAME = "default"
@@ -60,7 +61,10 @@ class Adapter:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers
             torch.manual_seed(seed)
-            self.model: PeftModel = get_peft_model(shared_copy(draft), config)
+            bare = shared_copy(draft)
+            for module in bare.modules():
+                separate(module)
+            self.model: PeftModel = get_peft_model(bare, config)
         self._initial = {k: v.detach().clone() for k, v in self.parameters().items()}
         adapted = [
             (name.removeprefix("base_model.model."), module)
@@ -72,6 +76,7 @@ class Adapter:
         for name, module in adapted:
             linear = self.live.get_submodule(name)
             if not isinstance(linear, PackedLinear):
+                separate(self.live.get_submodule(name.rpartition(".")[0]))
                 linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
             self._pairs.append((module, linear))
         self.version = 0  # how often the live weights changed
@@ -123,7 +128,10 @@ def _linears(
 
 
 def shared_copy(model: PreTrainedModel) -> Any:
-    """A module tree of its own over the same parameters, buffers and packed weights."""
+    """A module tree of its own over the same parameters, buffers, packed and joined weights."""
     shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    shared |= {id(m.packed): m.packed for m in model.modules() if isinstance(m, PackedLinear)}
+    for module in model.modules():
+        for name in ("packed", "joint"):
+            if (held := vars(module).get(name)) is not None:
+                shared[id(held)] = held
     return copy.deepcopy(model, shared)

@@ -2,7 +2,6 @@
 
 from typing import Any, TypeAlias
 
-import torch
 from transformers import PreTrainedModel
 
 from tts.cached_model import CachedModel
@@ -27,7 +26,6 @@ def make_drafter(
     draft: Draft,
     vocab_size: int,
     window: int | None = None,
-    device: torch.device | str = "cpu",
     memory: Memory | None = None,
 ) -> Drafter:
     """A drafter with empty caches.
@@ -36,7 +34,6 @@ def make_drafter(
         draft: the model, or the rule, that drafts.
         vocab_size: ids of the target.
         window: sliding window over the draft's context (None: the whole context).
-        device: of the target, where copies go; a model is where it is.
         memory: of what the target said in like states of the draft (None: none).
 
     Raises:
@@ -45,7 +42,7 @@ def make_drafter(
     if isinstance(draft, PromptLookup):
         if memory is not None:
             raise UserError("memory: prompt_lookup has no states to remember by: give a model")
-        return PromptLookupDrafter(draft, window, device=device)
+        return PromptLookupDrafter(draft, window)
     drafter: Drafter = _family(draft)(draft, vocab_size, window)
     if memory is not None:
         assert isinstance(drafter, ChainDrafter)

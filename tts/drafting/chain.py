@@ -9,7 +9,7 @@ from tts.cached_model import Rows
 from tts.drafting.memory import Recall
 from tts.drafting.protocol import Draw, Proposal
 from tts.policy import Signals, signals
-from tts.sampling import Distribution, Warper, join
+from tts.sampling import Distribution, Warper
 
 
 class ChainDrafter(ABC):
@@ -45,24 +45,22 @@ class ChainDrafter(ABC):
         start = len(sequence)
         rows = self._recall(self._first_rows(sequence, gamma, pending), start - pending)
         warped = self._warp(rows.logits, sequence, start - pending)
-        late = warped[:pending] if pending else None
+        late, q = warped[:-1], warped[-1]
         tokens: list[int] = []
         drawn: list[Distribution] = []
         said: list[Signals] = []
-        q = warped[pending:]
         while True:
             token = draw(q, start + len(tokens))
-            probability = float(q.of(q.ids.new_tensor([[token]])))
             row = rows.logits[-1], rows.hidden[-1]  # what q was made of
-            said.append(signals(*row, len(tokens), probability, token))
+            said.append(signals(*row, len(tokens), q.of(token), token))
             tokens.append(token)
             drawn.append(q)
             if len(tokens) == gamma or not proceed(said[-1]):
-                return Proposal(tokens, join(drawn), said, late)
+                return Proposal(tokens, drawn, said, late)
             rows = self._recall(self._next_row(tokens), start + len(tokens))
-            q = self._warp(rows.logits, sequence + tokens, start + len(tokens))
+            q = self._warp(rows.logits, sequence + tokens, start + len(tokens))[0]
 
-    def catch_up(self, sequence: list[int], pending: int) -> Distribution:
+    def catch_up(self, sequence: list[int], pending: int) -> list[Distribution]:
         first = len(sequence) - pending
         rows = self._recall(self._late_rows(sequence, pending), first)
         return self._warp(rows.logits, sequence, first)

@@ -18,10 +18,10 @@ from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3MLP,
     Qwen3RMSNorm,
     Qwen3RotaryEmbedding,
-    apply_rotary_pos_emb,
 )
 
 from tts.attention import attention
+from tts.lean import Rotation, join, joint, norm, rotation, swiglu, turned
 
 Keys = tuple[torch.Tensor, torch.Tensor]  # [batch, key_heads, rows, head_dim]
 
@@ -63,24 +63,24 @@ class Attention(nn.Module):
         self.q_norm = Qwen3RMSNorm(dim, config.rms_norm_eps)
         self.k_norm = Qwen3RMSNorm(dim, config.rms_norm_eps)
 
-    def keys(self, x: torch.Tensor, rotary: Keys) -> Keys:
+    def keys(self, x: torch.Tensor, by: Rotation) -> Keys:
         """Keys and values of context rows t or of block rows n."""
-        shape = (*x.shape[:2], -1, self.head_dim)
-        key = self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2)
-        _, key = apply_rotary_pos_emb(key, key, *rotary)
-        return key, self.v_proj(x).view(shape).transpose(1, 2)
+        both = self._heads(joint(self, x, "k_proj", "v_proj"))
+        key, value = both.chunk(2, 1)
+        return turned(norm(key, self.k_norm), by), value
 
     def forward(
-        self, x: torch.Tensor, rotary: Keys, cache: Any, mask: torch.Tensor | None
+        self, x: torch.Tensor, by: Rotation, cache: Any, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        shape = (*x.shape[:2], -1, self.head_dim)
-        query = self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2)
-        query, _ = apply_rotary_pos_emb(query, query, *rotary)
-        key, value = cache.update(*self.keys(x, rotary), self.index)
+        query = turned(norm(self._heads(self.q_proj(x)), self.q_norm), by)
+        key, value = cache.update(*self.keys(x, by), self.index)
         mixed, _ = attention(
             self, query, key, value, mask, scaling=self.scaling, bidirectional=mask is None
         )
         return cast(torch.Tensor, self.o_proj(mixed.reshape(*x.shape[:2], -1)))
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
 
 
 class Layer(nn.Module):
@@ -93,9 +93,14 @@ class Layer(nn.Module):
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Qwen3MLP(config)
 
+    def join(self) -> None:
+        """See `tts.llama.straighten`."""
+        join(self.self_attn, "k_proj", "v_proj")
+        join(self.mlp, "gate_proj", "up_proj")
+
     def forward(self, x: torch.Tensor, *seen: Any) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), *seen)
-        return cast(torch.Tensor, x + self.mlp(self.post_attention_layernorm(x)))
+        x = x + cast(torch.Tensor, self.self_attn(norm(x, self.input_layernorm), *seen))
+        return x + swiglu(self.mlp, norm(x, self.post_attention_layernorm))
 
 
 class DFlash(PreTrainedModel):
@@ -132,12 +137,11 @@ class DFlash(PreTrainedModel):
             cache: that `forward` will see.
             first: position of the first.
         """
-        context = self.hidden_norm(self.fc(features))
-        positions = torch.arange(first, first + features.shape[1], device=features.device)[None]
-        rotary = self.rotary_emb(context, positions)
+        context = norm(self.fc(features), self.hidden_norm)
+        by = rotation(self.rotary_emb, context, range(first, first + features.shape[1]))
         for layer in self.layers:
             attention_: Attention = layer.self_attn  # type: ignore[assignment]
-            cache.update(*attention_.keys(context, rotary), attention_.index)
+            cache.update(*attention_.keys(context, by), attention_.index)
 
     def forward(
         self,
@@ -160,10 +164,10 @@ class DFlash(PreTrainedModel):
         ids[..., 0] = anchors
         x = self.embed_tokens(ids.flatten(1)).to(self.fc.weight.dtype)
         rows = positions[..., None] + torch.arange(size, device=positions.device)
-        rotary = self.rotary_emb(x, rows.flatten(1))
+        by = rotation(self.rotary_emb, x, rows.flatten(1))
         for layer in self.layers:
-            x = layer(x, rotary, cache, mask)
-        return cast(torch.Tensor, self.norm(x))
+            x = layer(x, by, cache, mask)
+        return norm(x, self.norm)
 
     def unroll(
         self,

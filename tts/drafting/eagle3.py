@@ -9,6 +9,7 @@ from tts.cached_model import CHUNK, Rows
 from tts.drafting.features import FeatureDrafter
 from tts.drafting.protocol import Replay, Window
 from tts.evidence import Rows as Evidence
+from tts.lean import norm
 
 DEPTH, DECAY = 4, 0.8  # steps that an update replays, and the weight of each against the one before
 
@@ -25,7 +26,7 @@ class Eagle3Drafter(FeatureDrafter):
     def prefill(self, sequence: list[int], features: torch.Tensor | None) -> None:
         self.commit(len(sequence), features)
         hidden = self._read(sequence[:-1], min(self.hears, len(sequence) - 1))
-        self._see(self._model.norm(hidden[0]), len(sequence))
+        self._see(norm(hidden[0], self._model.norm), len(sequence))
 
     @torch.inference_mode()
     def _first_rows(self, sequence: list[int], gamma: int, pending: int) -> Rows:
@@ -44,7 +45,7 @@ class Eagle3Drafter(FeatureDrafter):
         return self._rows(self._read(sequence[:-1], pending))
 
     def _rows(self, hidden: torch.Tensor) -> Rows:
-        normed = self._model.norm(hidden[0])
+        normed = norm(hidden[0], self._model.norm)
         return Rows(normed, self._model.lm_head(normed))
 
     @torch.inference_mode()

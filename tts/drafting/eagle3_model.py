@@ -15,15 +15,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import LlamaConfig, PreTrainedModel
-from transformers.models.llama.modeling_llama import (
-    LlamaMLP,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
-)
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from tts.attention import attention
 from tts.cache import window_mask
+from tts.lean import Rotation, join, joint, norm, rotation, swiglu, turned
 
 
 class Eagle3Config(LlamaConfig):
@@ -64,6 +60,7 @@ class Attention(nn.Module):
         super().__init__()
         self.index, self.head_dim = index, config.head_dim
         self.scaling = config.head_dim**-0.5
+        self.key_heads = config.num_key_value_heads
         out, kv = config.num_attention_heads, config.num_key_value_heads
         bias = config.attention_bias
         self.q_proj = nn.Linear(width, out * self.head_dim, bias=bias)
@@ -71,13 +68,15 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, kv * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(out * self.head_dim, config.hidden_size, bias=bias)
         eps = config.rms_norm_eps
-        self.q_norm = LlamaRMSNorm(self.head_dim, eps) if config.qk_norm else nn.Identity()
-        self.k_norm = LlamaRMSNorm(self.head_dim, eps) if config.qk_norm else nn.Identity()
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            self.q_norm = LlamaRMSNorm(self.head_dim, eps)
+            self.k_norm = LlamaRMSNorm(self.head_dim, eps)
 
     def forward(
         self,
         x: torch.Tensor,
-        rotary: Keys,
+        by: Rotation,
         cache: Any,
         mask: torch.Tensor | None,
         own: list[Keys] | None,
@@ -86,18 +85,21 @@ class Attention(nn.Module):
 
         Args:
             x: `[batch, rows, width]`.
-            rotary: cosines and sines of the rows' positions.
+            by: rotation of the rows' positions.
             cache: appended to, unless ``own`` is given.
             mask: which cached keys a row sees (None: the causal ones).
             own: of a recurrent step over many roots at once: keys that only the row with the same
                 index sees, of all recurrent steps so far; this step's are appended.
         """
         batch, rows = x.shape[:2]
-        shape = (batch, rows, -1, self.head_dim)
-        query = self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2)
-        value = self.v_proj(x).view(shape).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *rotary)
+        every = joint(self, x, "q_proj", "k_proj", "v_proj")
+        every = every.view(batch, rows, -1, self.head_dim).transpose(1, 2)
+        both, value = every[:, : -self.key_heads], every[:, -self.key_heads :]
+        if self.qk_norm:
+            query, key = both[:, : -self.key_heads], both[:, -self.key_heads :]
+            both = torch.cat([norm(query, self.q_norm), norm(key, self.k_norm)], 1)
+        both = turned(both, by)
+        query, key = both[:, : -self.key_heads], both[:, -self.key_heads :]
         if own is None:
             if cache is not None:
                 key, value = cache.update(key, value, self.index)
@@ -140,15 +142,20 @@ class Layer(nn.Module):
         self.post_attention_layernorm = LlamaRMSNorm(width, eps)
         self.mlp = LlamaMLP(config)
 
+    def join(self) -> None:
+        """See `tts.llama.straighten`."""
+        join(self.self_attn, "q_proj", "k_proj", "v_proj")
+        join(self.mlp, "gate_proj", "up_proj")
+
     def forward(self, hidden: torch.Tensor, embedding: torch.Tensor, *seen: Any) -> torch.Tensor:
         if self.first:
-            normed = self.hidden_norm(hidden)
-            x = torch.cat([self.input_layernorm(embedding), normed], -1)
+            normed = norm(hidden, self.hidden_norm)
+            x = torch.cat([norm(embedding, self.input_layernorm), normed], -1)
             hidden = normed if self.norm_before_residual else hidden
         else:
-            x = self.input_layernorm(hidden)
+            x = norm(hidden, self.input_layernorm)
         hidden = hidden + self.self_attn(x, *seen)
-        return cast(torch.Tensor, hidden + self.mlp(self.post_attention_layernorm(hidden)))
+        return hidden + swiglu(self.mlp, norm(hidden, self.post_attention_layernorm))
 
 
 class Eagle3(PreTrainedModel):
@@ -188,10 +195,10 @@ class Eagle3(PreTrainedModel):
         config: Eagle3Config = self.config
         if config.fc_norm:
             parts = features.split(config.target_hidden_size, -1)
-            normed = (norm(part) for norm, part in zip(self.fc_norm, parts, strict=True))
-            features = torch.cat(list(normed), -1)
+            normed = [norm(part, own) for own, part in zip(self.fc_norm, parts, strict=True)]
+            features = torch.cat(normed, -1)
         if config.norm_before_fc:
-            features = self.input_norm(features)
+            features = norm(features, self.input_norm)
         return cast(torch.Tensor, self.fc(features))
 
     def forward(
@@ -200,7 +207,7 @@ class Eagle3(PreTrainedModel):
         hidden: torch.Tensor,
         past_key_values: Any = None,
         attention_mask: torch.Tensor | None = None,
-        positions: torch.Tensor | None = None,
+        positions: range | torch.Tensor | None = None,
         own: list[list[Keys]] | None = None,
     ) -> torch.Tensor:
         """h before the final norm, `[batch, rows, hidden]`.
@@ -210,22 +217,24 @@ class Eagle3(PreTrainedModel):
             hidden: the pairs' g, or the h that stands in for it.
             past_key_values: holds the pairs before these.
             attention_mask: as in `Attention`.
-            positions: of the pairs `[rows]` (None: those after the cached ones).
+            positions: of the pairs, consecutive or `[rows]` (None: those after the cached ones).
             own: as in `Attention`, layer by layer.
         """
         embedding = self.embed_tokens(input_ids).to(hidden.dtype)
         if positions is None:
             held = past_key_values.get_seq_length()
-            positions = torch.arange(held, held + input_ids.shape[1])
-        rotary = self.rotary_emb(hidden, positions.to(hidden.device)[None])
+            positions = range(held, held + input_ids.shape[1])
+        elif isinstance(positions, torch.Tensor):
+            positions = positions[None]
+        by = rotation(self.rotary_emb, hidden, positions)
         for index, layer in enumerate(self.layers):
             mine = None if own is None else own[index]
-            hidden = layer(hidden, embedding, rotary, past_key_values, attention_mask, mine)
+            hidden = layer(hidden, embedding, by, past_key_values, attention_mask, mine)
         return hidden
 
     def recur(self, hidden: torch.Tensor) -> torch.Tensor:
         """What stands in for the next g."""
-        return self.norm(hidden) if self.config.norm_output else hidden
+        return norm(hidden, self.norm) if self.config.norm_output else hidden
 
     def unroll(
         self,
@@ -259,7 +268,7 @@ class Eagle3(PreTrainedModel):
         rows, device = input_ids.shape[1], input_ids.device
         mask = window_mask(window, first, rows)
         mask = None if mask is None else mask.to(device)
-        steps = [self(input_ids, self.fuse(features), cache, mask, first + torch.arange(rows))]
+        steps = [self(input_ids, self.fuse(features), cache, mask, range(first, first + rows))]
         if roots is None:
             roots = torch.arange(rows)
         last = cache.get_seq_length()

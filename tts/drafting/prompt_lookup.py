@@ -5,12 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from tts.drafting.protocol import Drafter, Draw, Proposal
 from tts.errors import UserError
 from tts.policy import Signals
-from tts.sampling import Distribution, Warper, join
+from tts.sampling import Distribution, Warper
 
 MISS = 0.8  # a copy after n matching tokens is taken to fail with MISS ** n, before any was seen
 PRIOR, MEMORY = 8, 256  # copies that this counts for; copies over which it is forgotten
@@ -65,7 +66,6 @@ class PromptLookupDrafter:
         lookup: what is copied.
         window: copy only from the newest so many tokens (None: all).
         model: the drafter for the rest.
-        device: of the target.
     """
 
     def __init__(
@@ -73,9 +73,8 @@ class PromptLookupDrafter:
         lookup: PromptLookup,
         window: int | None = None,
         model: Drafter | None = None,
-        device: torch.device | str = "cpu",
     ) -> None:
-        self._lookup, self._window, self._model, self._device = lookup, window, model, device
+        self._lookup, self._window, self._model = lookup, window, model
         self.layers = () if model is None else model.layers
         # for each n: n-gram -> position after its latest occurrence
         self._latest: list[dict[NGram, int]] = [{} for _ in range(lookup.longest)]
@@ -121,18 +120,17 @@ class PromptLookupDrafter:
 
         tokens, parts, said = list[int](), list[Distribution](), list[Signals]()
         if self._model is None or copy is not None:
-            late = self.catch_up(sequence, pending) if pending else None
+            late = self.catch_up(sequence, pending) if pending else []
         else:
             made = self._model.propose(
                 sequence, gamma, pending, draw, lambda newest: go_on(newest) and copy is None
             )
-            assert made.q is not None
-            late = None if made.late is None else self._over(made.late, pending)
-            tokens, parts, said = made.tokens, [made.q], made.signals
+            late = self._over(made.late, pending)
+            tokens, parts, said = made.tokens, made.q, made.signals
             going &= len(text) == len(sequence) + len(tokens)  # a block may end unasked
         while going and len(tokens) < gamma and copy is not None:
             tokens.append(copy.token)
-            parts.append(self._point(copy))
+            parts.append(_point(copy))
             held = self._held[copy.length - 1]
             said.append(Signals(len(said), -math.log(held), held, 1.0, copy.token, copied=True))
             if len(tokens) < gamma:
@@ -142,12 +140,12 @@ class PromptLookupDrafter:
                 del latest[key]
             else:
                 latest[key] = start
-        return Proposal(tokens, join(parts) if parts else None, said, late)
+        return Proposal(tokens, parts, said, late)
 
-    def catch_up(self, sequence: list[int], pending: int) -> Distribution:
+    def catch_up(self, sequence: list[int], pending: int) -> list[Distribution]:
         self._follow(sequence)
         if self._model is None or None not in self._copies[-pending:]:
-            return join([self._point(copy) for copy in self._copies[-pending:]])
+            return [_point(copy) for copy in self._copies[-pending:]]
         return self._over(self._model.catch_up(sequence, pending), pending)
 
     def commit(self, length: int, features: torch.Tensor | None) -> None:
@@ -158,15 +156,10 @@ class PromptLookupDrafter:
         if self._model is not None:
             self._model.hear(logits, first)
 
-    def _over(self, rows: Distribution, pending: int) -> Distribution:
+    def _over(self, rows: list[Distribution], pending: int) -> list[Distribution]:
         """The model's ``rows`` for the newest positions, with copies in their place."""
-        copies = enumerate(self._copies[-pending:])
-        return join([rows[i : i + 1] if c is None else self._point(c) for i, c in copies])
-
-    def _point(self, copy: Copy | None) -> Distribution:
-        """All mass on the copy; none at all without one."""
-        ids = torch.tensor([[0 if copy is None else copy.token]], device=self._device)
-        return Distribution(ids, torch.full_like(ids, copy is not None, dtype=torch.float32))
+        copies = self._copies[len(self._copies) - pending :]
+        return [row if c is None else _point(c) for row, c in zip(rows, copies, strict=True)]
 
     def _confidence(self, copy: Copy | None) -> float | None:
         return None if copy is None else self._held[copy.length - 1]
@@ -199,3 +192,9 @@ class PromptLookupDrafter:
             if start is not None and (self._window is None or start > end - self._window):
                 return Copy(text[start], n)
         return None
+
+
+def _point(copy: Copy | None) -> Distribution:
+    """All mass on the copy; none at all without one."""
+    token = 0 if copy is None else copy.token
+    return Distribution(np.array([token]), np.array([copy is not None], np.float32))

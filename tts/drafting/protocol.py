@@ -10,7 +10,7 @@ from tts.evidence import Rows
 from tts.policy import Signals
 from tts.sampling import Distribution, Warper
 
-Draw = Callable[[Distribution, int], int]  # (row of q, absolute position) -> token
+Draw = Callable[[Distribution, int], int]  # (q, absolute position) -> token
 Prefix = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer
 
 
@@ -18,9 +18,9 @@ class Proposal(NamedTuple):
     """Drafted tokens and the distributions they were really drawn from."""
 
     tokens: list[int]
-    q: Distribution | None  # one row a token; None without tokens
+    q: list[Distribution]  # one a token
     signals: list[Signals]
-    late: Distribution | None  # rows of committed positions that had none, newest last
+    late: list[Distribution]  # of committed positions that had none, newest last
 
 
 class Window(NamedTuple):
@@ -85,7 +85,7 @@ class Drafter(Protocol):
         """
         ...
 
-    def catch_up(self, sequence: list[int], pending: int) -> Distribution:
+    def catch_up(self, sequence: list[int], pending: int) -> list[Distribution]:
         """Rows of q for the newest ``pending`` >= 1 committed tokens, without drafting."""
         ...
 
