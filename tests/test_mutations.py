@@ -186,7 +186,14 @@ def drafts_stay_known_after_they_were_judged(patch):
 
 
 def a_row_knows_what_is_said_at_it(patch):
-    patch.setattr(torch.Tensor, "masked_fill_", lambda self, mask, value: self)
+    honest = Recall._meet
+
+    def meet(self):
+        honest(self)
+        if self._count:
+            self._positions -= 1
+
+    patch.setattr(Recall, "_meet", meet)
 
 
 def rejected_states_are_kept(patch):

@@ -6,13 +6,16 @@ distribution, which every verification computes, and likeness decides how much i
 """
 
 from dataclasses import dataclass
-from math import log
+from typing import Any
 
+import numpy as np
 import torch
-from torch.nn.functional import normalize
+from numpy.typing import NDArray
 
 from tts.cached_model import Rows
 from tts.errors import UserError
+
+Numbers = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -68,14 +71,14 @@ class Recall:
 
     def __init__(self, memory: Memory, columns: torch.Tensor | None, vocab_size: int) -> None:
         self.capacity, self._memory = memory.capacity, memory
-        self._column_of: torch.Tensor | None = None
+        self._column_of: NDArray[np.int64] | None = None
         if columns is not None:
-            self._column_of = columns.new_full((vocab_size,), -1)
-            self._column_of[columns] = torch.arange(len(columns), device=columns.device)
+            self._column_of = np.full(vocab_size, -1)
+            self._column_of[columns.cpu().numpy()] = np.arange(len(columns))
         self._count = 0  # positions ever remembered
         # of positions that lack the other half
-        self._states: dict[int, torch.Tensor] = {}
-        self._said: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._states: dict[int, Numbers] = {}
+        self._said: dict[int, tuple[NDArray[np.int64], Numbers]] = {}
 
     @torch.inference_mode()
     def hear(self, logits: torch.Tensor, first: int) -> None:
@@ -85,22 +88,21 @@ class Recall:
             logits: `[positions, vocab]` of its verification, before any warping.
             first: absolute position of the token that the first row predicted.
         """
-        logits, ids = logits.float().topk(min(self._memory.width, logits.shape[1]))
-        probs = logits.softmax(-1)
+        best, ids = (_host(x) for x in logits.topk(min(self._memory.width, logits.shape[1])))
+        probs = np.exp(best - best[:, :1])
+        probs /= probs.sum(1, keepdims=True)
         if self._column_of is not None:
             ids = self._column_of[ids]
-            probs, ids = probs * (ids >= 0), ids.clamp(min=0)
+            probs, ids = probs * (ids >= 0), ids.clip(min=0)
         self._said.update({first + i: row for i, row in enumerate(zip(ids, probs, strict=True))})
         self._meet()
         self._states.clear()  # what is left was rejected
         for position in list(self._said)[: -self.capacity]:
             del self._said[position]  # the draft was never asked there
 
-    @torch.inference_mode()
     def see(self, states: torch.Tensor, first: int) -> None:
         """The draft was in ``states`` `[positions, hidden]` before positions from ``first`` on."""
-        self._states |= {first + i: state for i, state in enumerate(states.float())}
-        self._meet()
+        self._take(_host(states), first)
 
     @torch.inference_mode()
     def recall(self, rows: Rows, first: int) -> Rows:
@@ -110,23 +112,35 @@ class Recall:
             rows: of the draft, for consecutive positions.
             first: absolute position of the token that the first row predicts.
         """
-        states = rows.hidden.float()
-        self.see(states, first)
+        states = _host(rows.hidden)
+        self._take(states, first)
         size = min(self._count, self.capacity)
         if not size:
             return rows
-        here = torch.arange(first, first + len(states), device=states.device)
-        likeness = normalize(states - self._mean, dim=-1) @ self._keys[:size].T
-        likeness.masked_fill_(self._positions[:size] >= here[:, None], -torch.inf)
-        likeness, nearest = likeness.topk(min(self._memory.neighbours, size))
-        weight = (self._memory.sharpness * (likeness - 1)).exp()
-        columns = self._columns[nearest].flatten(1)
-        shares = (weight[..., None] * self._probs[nearest]).flatten(1)
-        said = rows.logits.float().log_softmax(-1)
+        likeness = _normed(states - self._mean) @ self._keys[:size].T
+        here = np.arange(first, first + len(states))
+        likeness[self._positions[:size] >= here[:, None]] = -np.inf
+        count = min(self._memory.neighbours, size)
+        nearest = likeness.argpartition(size - count)[:, size - count :]
+        likeness = np.take_along_axis(likeness, nearest, 1)
+        weight = np.exp(self._memory.sharpness * (likeness - 1))
+        columns = self._columns[nearest].reshape(len(states), -1)
+        shares = (weight[..., None] * self._probs[nearest]).reshape(columns.shape)
+        # what several neighbours say of a column counts together
+        shares = np.stack([np.bincount(c, s)[c] for c, s in zip(columns, shares, strict=True)])
+        said = rows.logits.float()
         # only the columns that a neighbour names change: log(q + share / prior), unnormalised
-        shares = torch.zeros_like(said).scatter_add_(1, columns, shares).gather(1, columns)
-        raised = torch.logaddexp(said.gather(1, columns), shares.log() - log(self._memory.prior))
-        return rows._replace(logits=said.scatter(1, columns, raised))
+        with np.errstate(divide="ignore"):
+            extra = np.log(shares / self._memory.prior).astype(np.float32)
+        mass = said.logsumexp(-1, keepdim=True)
+        named = torch.from_numpy(columns).to(said.device)
+        raised = torch.from_numpy(extra).to(said.device) + mass
+        raised = torch.logaddexp(said.gather(1, named), raised)
+        return rows._replace(logits=said.scatter(1, named, raised))
+
+    def _take(self, states: Numbers, first: int) -> None:
+        self._states |= {first + i: state for i, state in enumerate(states)}
+        self._meet()
 
     def _meet(self) -> None:
         """Remember the positions of which both halves are known."""
@@ -135,17 +149,25 @@ class Recall:
             return
         halves = [(self._states.pop(position), *self._said.pop(position)) for position in known]
         known = known[-self.capacity :]
-        states, columns, probs = map(torch.stack, zip(*halves[-len(known) :], strict=True))
+        states, columns, probs = map(np.stack, zip(*halves[-len(known) :], strict=True))
         if not self._count:
-            self._mean = torch.zeros_like(states[0])  # of all states so far
-            self._keys = states.new_zeros(self.capacity, states.shape[1])
-            self._probs = probs.new_zeros(self.capacity, probs.shape[1])
-            self._columns = columns.new_zeros(self.capacity, columns.shape[1])
-            self._positions = columns.new_zeros(self.capacity)
-        slots = torch.arange(self._count, self._count + len(known)) % self.capacity
+            self._mean = np.zeros_like(states[0])  # of all states so far
+            self._keys = np.zeros((self.capacity, states.shape[1]), np.float32)
+            self._probs = np.zeros((self.capacity, probs.shape[1]), np.float32)
+            self._columns = np.zeros((self.capacity, columns.shape[1]), np.int64)
+            self._positions = np.zeros(self.capacity, np.int64)
+        slots = np.arange(self._count, self._count + len(known)) % self.capacity
         self._count += len(known)
         self._mean += (states - self._mean).sum(0) / self._count
-        self._keys[slots] = normalize(states - self._mean, dim=-1)
+        self._keys[slots] = _normed(states - self._mean)
         self._columns[slots] = columns
         self._probs[slots] = probs
-        self._positions[slots] = torch.tensor(known, device=states.device)
+        self._positions[slots] = known
+
+
+def _host(x: torch.Tensor) -> NDArray[Any]:
+    return (x.float() if x.is_floating_point() else x).detach().cpu().numpy()
+
+
+def _normed(rows: Numbers) -> Numbers:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
