@@ -17,7 +17,7 @@ class Arm(NamedTuple):
 
     policy: str = ""  # that chooses the length instead of the one asked for
     draft: bool = False  # the draft learns
-    window: bool = False  # the draft sees only its newest context
+    whole: bool = False  # the draft reads all of its context, not only the newest
     lookup: bool = False  # what comes back is copied, the draft does the rest
     memory: bool = False  # what the target said where the draft was in a like state comes back
     gamma: int | None = None  # instead of the one asked for
@@ -25,10 +25,10 @@ class Arm(NamedTuple):
 
 ARMS = {
     "target": Arm(policy="fixed", gamma=0),
-    "static": Arm(),
-    "window": Arm(window=True),
-    "draft": Arm(draft=True),
-    "draft_window": Arm(draft=True, window=True),
+    "static": Arm(whole=True),
+    "window": Arm(),
+    "draft": Arm(draft=True, whole=True),
+    "draft_window": Arm(draft=True),
     "memory": Arm(memory=True),
     "memory_draft": Arm(memory=True, draft=True),
     "gamma": Arm(policy="mlp"),
@@ -52,7 +52,7 @@ def build(
         policy=build_policy(name, pair, options),
         distill=options.distill if arm.draft and options.draft_updates else None,
         acceptance=options.acceptance,
-        draft_window=options.window if arm.window else None,
+        draft_window=None if arm.whole else options.window,
         lookup=PromptLookup(shortest=options.lookup) if arm.lookup else None,
         memory=options.memory if arm.memory or remember else None,
     )

@@ -44,6 +44,7 @@ class Bench(ModelOptions, TextOptions):
         segment_tokens: new tokens an arm and segment.
         gammas: our fixed lengths; 0 is the target alone.
         lengths: transformers' constant lengths.
+        window: sliding window over the draft's context.
         learners: also time the gamma MLP, the draft that learns, and the one that remembers.
         learning_gamma: fixed length of one more arm whose draft learns (0: none).
         distill: how the draft learns.
@@ -58,6 +59,7 @@ class Bench(ModelOptions, TextOptions):
     segment_tokens: int = 96
     gammas: tuple[int, ...] = (0, 1, 2, 3, 4)
     lengths: tuple[int, ...] = (1, 2, 3, 4)
+    window: int = 256
     learners: bool = True
     learning_gamma: int = 0
     distill: DistillConfig = field(default_factory=DistillConfig)
@@ -146,28 +148,29 @@ def _prompts(config: Bench, pair: ModelPair) -> list[torch.Tensor]:
 
 def _arms(config: Bench, pair: ModelPair) -> dict[str, Arm]:
     arms: dict[str, Arm] = {}
+
+    def add(name: str, policy: LengthPolicy, **settings: Any) -> None:
+        arms[f"ours, gamma {name}"] = _ours(pair, config.window, policy, **settings)
+
     for gamma in config.gammas:
-        arms[f"ours, gamma {gamma}"] = _ours(pair, make_policy("fixed", gamma=gamma))
+        add(str(gamma), make_policy("fixed", gamma=gamma))
     if config.learners:
         # a segment is short: what they learn is carried from one to the next
-        distill = replace(config.distill, scope="session")
-        for name, learns, memory, lookup in (
-            ("", None, None, None),
-            (" and draft learn", distill, None, None),
-            (", lookup", None, None, PromptLookup()),
-            (", memory", None, config.memory, None),
-            (", memory, lookup", None, config.memory, PromptLookup()),
-            (" and draft learn, memory, lookup", distill, config.memory, PromptLookup()),
+        learns = {"distill": replace(config.distill, scope="session")}
+        remembers, copies = {"memory": config.memory}, {"lookup": PromptLookup()}
+        for name, settings in (
+            ("", {}),
+            (" and draft learn", learns),
+            (", lookup", copies),
+            (", memory", remembers),
+            (", memory, lookup", remembers | copies),
+            (" and draft learn, memory, lookup", learns | remembers | copies),
         ):
-            policy = make_policy("mlp", compression=pair.compression)
-            arms[f"ours, gamma MLP{name}"] = _ours(pair, policy, learns, lookup, memory)
+            add(f"MLP{name}", make_policy("mlp", compression=pair.compression), **settings)
         for gamma in filter(None, config.gammas):
-            policy = make_policy("fixed", gamma=gamma)
-            arms[f"ours, gamma {gamma}, memory"] = _ours(pair, policy, memory=config.memory)
-        if config.learning_gamma:
-            arms[f"ours, gamma {config.learning_gamma}, draft learns"] = _ours(
-                pair, make_policy("fixed", gamma=config.learning_gamma), distill
-            )
+            add(f"{gamma}, memory", make_policy("fixed", gamma=gamma), **remembers)
+        if (gamma := config.learning_gamma) > 0:
+            add(f"{gamma}, draft learns", make_policy("fixed", gamma=gamma), **learns)
     if not config.peers:
         return arms
     target, draft, *_ = config.load(stock=True)
@@ -189,14 +192,8 @@ def _arms(config: Bench, pair: ModelPair) -> dict[str, Arm]:
     return arms
 
 
-def _ours(
-    pair: ModelPair,
-    policy: LengthPolicy,
-    distill: DistillConfig | None = None,
-    lookup: PromptLookup | None = None,
-    memory: Memory | None = None,
-) -> Arm:
-    decoder = SpeculativeDecoder(pair, policy=policy, distill=distill, lookup=lookup, memory=memory)
+def _ours(pair: ModelPair, window: int, policy: LengthPolicy, **settings: Any) -> Arm:
+    decoder = SpeculativeDecoder(pair, policy=policy, draft_window=window, **settings)
 
     def arm(prompt: torch.Tensor, config: GenerationConfig, seed: int, clock: Clock) -> None:
         decoder.generate(prompt, generation_config=config, seed=seed, streamer=clock)

@@ -59,6 +59,7 @@ def collect(
     text: TextOptions,
     cap: int,
     memory: Memory | None = None,
+    window: int | None = None,
 ) -> Iterator[tuple[Step, torch.Tensor]]:
     """The steps of all ``prompts``, and the draft's states `[cap, width]` in each.
 
@@ -67,7 +68,9 @@ def collect(
     """
 
     def follow(policy: LengthPolicy, prompt: Dialogue, text: TextOptions = text) -> None:
-        decoder = SpeculativeDecoder(pair, policy=policy, acceptance="coupled", memory=memory)
+        decoder = SpeculativeDecoder(
+            pair, policy=policy, acceptance="coupled", memory=memory, draft_window=window
+        )
         decode(decoder, prompt, text)
 
     turns = InTurn(cap)

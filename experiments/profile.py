@@ -45,6 +45,7 @@ class Profile(ModelOptions, TextOptions):
         compressions: of the target, each of which decodes the whole workload.
         cap: tokens drafted at every state.
         memory: what the draft of the records is reminded of (None: nothing).
+        window: sliding window over the draft's context.
     """
 
     workload: str = "tasks"
@@ -58,6 +59,7 @@ class Profile(ModelOptions, TextOptions):
     compressions: tuple[str, ...] = COMPRESSION
     cap: int = 8
     memory: Memory | None = None
+    window: int = 256
 
     @property
     def gammas(self) -> tuple[int, ...]:
@@ -83,7 +85,7 @@ def profile(config: Profile) -> dict[str, Any]:
     draft: dict[int, dict[int, float]] = {}
     for context in config.contexts:
         verify[context] = _passes(CachedModel(pair.target), context, config.rows, config.repeats)
-        draft[context] = _proposals(pair, context, config.gammas, config.repeats)
+        draft[context] = _proposals(pair, context, config.gammas, config.repeats, config.window)
     floor_ms = 1000 * weight_bytes(pair) / bandwidth
     summary = {
         "bandwidth_gb_s": bandwidth / 1e9,
@@ -106,7 +108,9 @@ def _records(config: Profile) -> dict[str, Any]:
     prompts, written, states = dialogues(config), [], []
     for compression in config.compressions:
         pair = replace(config, compression=compression).load()
-        for step, hidden in collect(pair, prompts, config, config.cap, config.memory):
+        for step, hidden in collect(
+            pair, prompts, config, config.cap, config.memory, config.window
+        ):
             steps.append(file, step)
             written.append(step)
             states.append(hidden)
@@ -158,12 +162,12 @@ def _passes(
 
 
 def _proposals(
-    pair: ModelPair, context: int, gammas: tuple[int, ...], repeats: int
+    pair: ModelPair, context: int, gammas: tuple[int, ...], repeats: int, window: int
 ) -> dict[int, float]:
     """Median milliseconds to draft so many tokens after another one was committed."""
-    drafter = make_drafter(pair.draft, pair.target.config.get_text_config().vocab_size)
-    target = CachedModel(pair.target, layers=drafter.layers)
     size = pair.target.config.get_text_config().vocab_size
+    drafter = make_drafter(pair.draft, size, window)
+    target = CachedModel(pair.target, layers=drafter.layers)
     random = torch.Generator().manual_seed(0)
     rounds = (repeats + 2) * len(gammas)
     tokens = torch.randint(0, size, (context + rounds,), generator=random).tolist()

@@ -9,8 +9,9 @@ a growing context milliseconds in every pass: a row reads up to a multiple of `S
 those behind it are masked.
 
 That multiple, and with it every sum, depends on the row's position alone: in bfloat16 a row's
-result is the same, bit by bit, whatever block it is part of (asserted by a test). Longer blocks
-(prefill, training) and other devices use PyTorch's own kernels.
+result is the same, bit by bit, whatever block it is part of (asserted by a test). A single float32
+row, a draft's, promises no such thing and takes the shortest way. Longer blocks (prefill, training)
+and other devices use PyTorch's own kernels.
 
 Registered with transformers as the attention implementation ``"tts"``, so that any architecture
 that lets its attention be chosen runs on it unchanged.
@@ -54,6 +55,10 @@ def attention(
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     if rows <= MAX_SHORT_ROWS and attention_mask is None and query.device.type == "cpu":
+        if rows == 1 and query.dtype == torch.float32:
+            together = query.view(query.shape[0], key.shape[1], -1, query.shape[3])
+            output = F.scaled_dot_product_attention(together, key, value, scale=scaling)
+            return output.view_as(query).transpose(1, 2), None
         return _few_rows(query, key, value, scaling, bidirectional).transpose(1, 2), None
     causal = attention_mask is None and rows > 1 and not bidirectional
     if causal and context > rows:

@@ -157,11 +157,11 @@ class RollbackCache(Cache):
 _FLAGS = ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state")
 
 
-def filled(prefix: list[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:
+def filled(prefix: list[tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype) -> DynamicCache:
     """A plain cache that holds ``prefix``, the keys and values of each layer; gradients flow."""
     cache = DynamicCache()
     for layer, (keys, values) in enumerate(prefix):
-        cache.update(keys, values, layer)
+        cache.update(keys.to(dtype), values.to(dtype), layer)
     return cache
 
 

@@ -18,16 +18,23 @@ from tts.cache import RollbackCache
 from tts.lean import join, joint, norm, rotation, swiglu, turned
 
 
-def straighten(model: nn.Module) -> None:
+def straighten(model: nn.Module, stream: torch.dtype | None = None) -> None:
     """Give every plain `LlamaModel` with our attention inside ``model`` the shorter way.
 
     Layers that are written in those pieces have their products joined. A model that shall be packed
     is packed already.
+
+    Args:
+        model: see above.
+        stream: dtype between its products, and of its keys, where no gradient is asked for (None:
+            that of the weights).
     """
     module: Any
     for module in model.modules():
         if hasattr(module, "join"):
             module.join()
+        if hasattr(module, "embed_tokens"):
+            module.stream = stream
         if type(module) is LlamaModel:
             config = module.config
             if config._attn_implementation == "tts" and config.hidden_act == "silu":
@@ -65,6 +72,7 @@ def _forward(
             **kwargs,
         )
     hidden = self.embed_tokens(input_ids)
+    hidden = hidden.to(self.stream or hidden.dtype)
     batch, rows = hidden.shape[:2]
     first = past_key_values.get_seq_length()
     by = rotation(self.rotary_emb, hidden, range(first, first + rows))

@@ -31,7 +31,7 @@ from tts.drafting import Draft, PromptLookup, dflash_checkpoint, eagle3_checkpoi
 from tts.drafting.checkpoint import read_config
 from tts.errors import UserError
 from tts.llama import straighten
-from tts.packing import pack
+from tts.packing import can_pack, pack
 from tts.vocabulary import check_same_ids, fingerprint
 
 PROMPT_LOOKUP = "prompt_lookup"
@@ -146,7 +146,9 @@ def load_pair(
     small = family.load(folder, config, model)
     if not stock:
         pack(small)
-        straighten(small)
+        # float32 rows are what packed products take, and what attention of one row is fastest in
+        packed = can_pack(small.device, small.dtype)
+        straighten(small, torch.float32 if packed else None)
     return ModelPair(model, small, tokenizer, name, compression)
 
 

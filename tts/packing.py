@@ -51,7 +51,7 @@ class PackedLinear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         long = input.numel() > ROWS * self.in_features
         if self.packed is None or long or torch.is_grad_enabled():
-            result = super().forward(input)
+            result = super().forward(input.to(self.weight.dtype))
         else:
             result = torch.ops.quantized.linear_dynamic_fp16(input.float(), self.packed)
         if self.low_rank is not None:

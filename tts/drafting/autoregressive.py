@@ -127,7 +127,7 @@ def read(
         input_ids=ids[None],
         attention_mask=mask,
         position_ids=(window.rows.first - 1 + row)[None],
-        past_key_values=filled(window.prefix),
+        past_key_values=filled(window.prefix, model.dtype),
         use_cache=True,
         **reduced,
     )

@@ -58,7 +58,7 @@ class DFlashDrafter(FeatureDrafter):
         model = self._model
         place = torch.tensor([[anchor]], device=model.device)
         token = torch.tensor([[sequence[anchor]]], device=model.device)
-        hidden = model(token, place, self._cache)
+        hidden = model(token, place, self._cache, dtype=model.stream)
         self._cache.rollback(self._held)
         hidden = hidden[0, 1 : 1 + slots]
         return Rows(hidden, model.lm_head(hidden))
@@ -67,8 +67,10 @@ class DFlashDrafter(FeatureDrafter):
     def _read(self, end: int) -> None:
         """Take the features of all positions before ``end`` into the cache."""
         if end > self._held:
-            for piece in self._next_features(end - self._held).split(CHUNK):
-                self._model.read(piece[None], self._cache, self._held)
+            model = self._model
+            features = self._next_features(end - self._held).to(model.stream or model.dtype)
+            for piece in features.split(CHUNK):
+                model.read(piece[None], self._cache, self._held)
                 self._held += len(piece)
 
     def window(self, sequence: list[int], rows: Evidence) -> Window:
@@ -89,7 +91,7 @@ class DFlashDrafter(FeatureDrafter):
             tokens[:, anchor],
             first + anchor[None],
             window.rows.features[None],
-            filled(window.prefix),
+            filled(window.prefix, model.dtype),
             first=first,
             window=window.sight,
         )[0, :, 1:]

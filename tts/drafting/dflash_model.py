@@ -111,6 +111,7 @@ class DFlash(PreTrainedModel):
     _supports_attention_backend = True
 
     draft_ids: torch.Tensor
+    stream: torch.dtype | None = None  # see `tts.llama.straighten`
 
     def __init__(self, config: DFlashConfig) -> None:
         super().__init__(config)
@@ -149,6 +150,7 @@ class DFlash(PreTrainedModel):
         positions: torch.Tensor,
         cache: Any,
         mask: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """Hidden states after the final norm, `[batch, blocks x block_size, hidden]`.
 
@@ -157,12 +159,13 @@ class DFlash(PreTrainedModel):
             positions: of the anchors `[batch, blocks]`.
             cache: holds the context; the block rows are appended, to be dropped by the caller.
             mask: which keys a row sees (None: all, for a single block).
+            dtype: that of the keys in the cache (None: that of the weights).
         """
         config: DFlashConfig = self.config
         size = config.block_size
         ids = anchors.new_full((*anchors.shape, size), config.mask_token_id)
         ids[..., 0] = anchors
-        x = self.embed_tokens(ids.flatten(1)).to(self.fc.weight.dtype)
+        x = self.embed_tokens(ids.flatten(1)).to(dtype or self.fc.weight.dtype)
         rows = positions[..., None] + torch.arange(size, device=positions.device)
         by = rotation(self.rotary_emb, x, rows.flatten(1))
         for layer in self.layers:

@@ -57,9 +57,10 @@ class Eagle3Drafter(FeatureDrafter):
         model = self._model
         self._cache.rollback(self._held)
         tokens = torch.tensor([sequence[self._held + 1 :]], device=model.device)
-        parts = [torch.zeros(1, keep, model.config.hidden_size).to(model.device, model.dtype)]
+        stream = model.stream or model.dtype
+        parts = [torch.zeros(1, keep, model.config.hidden_size, device=model.device, dtype=stream)]
         if tokens.numel():
-            features = self._next_features(tokens.numel())
+            features = self._next_features(tokens.numel()).to(stream)
             for ids, piece in zip(tokens.split(CHUNK, 1), features.split(CHUNK), strict=True):
                 mask = window_mask(self._cache.window, self._held, len(piece))
                 mask = None if mask is None else mask.to(model.device)
@@ -86,7 +87,7 @@ class Eagle3Drafter(FeatureDrafter):
             torch.tensor([window.tokens], device=device),
             window.rows.features[None, :-1],
             min(DEPTH, len(window.tokens)),
-            filled(window.prefix),
+            filled(window.prefix, model.dtype),
             first=window.rows.first - 1,
             window=window.sight,
         )

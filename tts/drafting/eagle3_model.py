@@ -166,6 +166,7 @@ class Eagle3(PreTrainedModel):
     _supports_attention_backend = True
 
     draft_ids: torch.Tensor
+    stream: torch.dtype | None = None  # see `tts.llama.straighten`
 
     def __init__(self, config: Eagle3Config) -> None:
         super().__init__(config)
