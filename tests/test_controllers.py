@@ -227,7 +227,7 @@ def test_once_settled_it_hears_every_other_drafted_round_and_all_after_a_surpris
     share(300)
     assert 0.5 <= share(400) < 0.6
     world.acceptance = 0.2
-    assert share(16) > 0.65
+    assert share(24) > 0.65
 
 
 def test_offsets_beyond_the_first_rejection_have_no_labels():
