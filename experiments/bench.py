@@ -157,7 +157,7 @@ def _arms(config: Bench, pair: ModelPair) -> dict[str, Arm]:
     if config.learners:
         # a segment is short: what they learn is carried from one to the next
         learns = {"distill": replace(config.distill, scope="session")}
-        remembers, copies = {"memory": config.memory}, {"lookup": PromptLookup()}
+        remembers, copies = {"memory": config.memory}, {"lookup": PromptLookup(shortest=3)}
         for name, settings in (
             ("", {}),
             (" and draft learn", learns),

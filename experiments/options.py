@@ -118,7 +118,7 @@ class SpeculationOptions:
     policy: str = "fixed"
     gamma: int = 4
     cap: int | None = None
-    lookup: int = 1
+    lookup: int = 3
     window: int = 256
     memory: Memory = field(default_factory=Memory)
     distill: DistillConfig = field(default_factory=DistillConfig)

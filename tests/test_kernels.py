@@ -9,6 +9,7 @@ from transformers import LlamaModel
 from tests import tiny
 from tts.attention import MAX_SHORT_ROWS, SHORT, STEP, attention
 from tts.cached_model import CachedModel
+from tts.lean import separate
 from tts.llama import straighten
 from tts.packing import ROWS, PackedLinear, can_pack, pack
 
@@ -179,6 +180,29 @@ def test_the_straight_llama_is_bit_identical(dtype, window):
         said.append((*first, *cached.feed([11], keep=1), *cached.feed([2, 30], keep=2)))
     for one, other in zip(*said, strict=True):
         assert torch.equal(one, other)
+
+
+@packs
+def test_what_an_adapter_adds_to_one_of_several_joined_layers_is_added_to_its_own_part():
+    model = tiny.model("llama3.1").bfloat16()
+    model.set_attn_implementation("tts")
+    pack(model)
+    straighten(model, torch.float32)
+    layer = model.model.layers[0]
+
+    def said():
+        return CachedModel(model).feed([3, 17, 5], keep=3).hidden
+
+    bare = said()
+    torch.manual_seed(0)
+    for linear in (layer.self_attn.k_proj, layer.mlp.up_proj):
+        thin = torch.randn(linear.in_features, 2), torch.randn(2, linear.out_features)
+        linear.low_rank = thin
+    joined = said()
+    assert (joined - bare).abs().max() > 0.1
+    for module in (layer.self_attn, layer.mlp):
+        separate(module)
+    torch.testing.assert_close(joined, said(), rtol=2**-6, atol=2**-6)
 
 
 def test_the_straight_llama_leaves_the_rest_to_transformers():

@@ -39,7 +39,7 @@ class DistillConfig:
     """
 
     loss: str = "jsd"
-    learning_rate: float = 4e-3
+    learning_rate: float = 2e-3
     beta1: float = 0.9
     beta2: float = 0.95
     rank: int = 16

@@ -22,7 +22,7 @@ class PromptLookup:
     """What is copied; stands where a draft model would, or beside one.
 
     Args:
-        shortest: tokens that have to match.
+        shortest: tokens that have to match; beside a good draft 3, for it does better after fewer.
         longest: tokens that are compared at most: the longest match is copied.
 
     Raises:
