@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 from tts.settings import Sampling
 
-CANDIDATES = 256  # ids looked at first when truncating; nearly always enough, else 16 times more
+# when truncating, the ids above the first of these probabilities are sorted; nearly always they hold
+# all that survives, else those above the next one are
+FLOORS = (1e-4, 1e-6, -1.0)
 FEW = 256  # ids up to which plain floats are faster than arrays
 BITS = 2**64 - 1
 
@@ -102,6 +104,7 @@ class Warper:
         self._prompt_length = prompt_length
         self._columns = columns
         self._ids: NDArray[np.int64] | None = None if columns is None else columns.cpu().numpy()
+        self._column_of: dict[int, torch.Tensor] = {}  # of an id that is banned: none or one
 
     def __call__(self, logits: torch.Tensor, sequence: list[int], first: int) -> list[Distribution]:
         """Warp consecutive rows: row j follows the prefix ``sequence[:first + j]``.
@@ -121,19 +124,21 @@ class Warper:
             best = scores.argmax(-1, keepdim=True).cpu().numpy()
             return [self._row(row, np.ones(1, np.float32)) for row in best]
         whole = (scores / sampling.temperature).softmax(-1)
-        size = whole.shape[1]
         if not sampling.truncates:
-            every = np.arange(size)
+            every = np.arange(whole.shape[1])
             return [self._row(every, row) for row in whole.cpu().numpy()]
-        looked_at = min(size, max(CANDIDATES, 2 * sampling.top_k))
-        while True:
-            best, indices = (x.cpu().numpy() for x in whole.topk(looked_at))
-            kept = [self._kept(row) for row in best]
-            if looked_at == size or max(kept) < looked_at:
+        return [self._truncated(row) for row in whole.cpu().numpy()]
+
+    def _truncated(self, probs: NDArray[np.float32]) -> Distribution:
+        """What survives of one row of ``probs`` `[columns]`, most probable first."""
+        for floor in FLOORS:
+            above = np.flatnonzero(probs > floor)
+            above = above[probs[above].argsort()[::-1]]
+            best = probs[above]
+            kept = self._kept(best) if len(best) else 0
+            if kept < len(best):
                 break
-            looked_at = min(16 * looked_at, size)
-        rows = zip(kept, indices, best, strict=True)
-        return [self._row(index[:n], row[:n] / row[:n].sum()) for n, index, row in rows]
+        return self._row(above[:kept], best[:kept] / best[:kept].sum())
 
     def _row(self, columns: NDArray[np.int64], probs: NDArray[np.float32]) -> Distribution:
         return Distribution(columns if self._ids is None else self._ids[columns], probs)
@@ -178,8 +183,13 @@ class Warper:
                 ids.extend(sampling.begin_suppress_tokens)
         if not any(banned):
             return scores
-        dropped = [torch.isin(columns, columns.new_tensor(ids)) for ids in banned]
-        return scores.masked_fill(torch.stack(dropped), float("-inf"))
+        scores = scores.clone()
+        for row, ids in enumerate(banned):
+            for token in ids:
+                if token not in self._column_of:
+                    self._column_of[token] = (columns == token).nonzero()[:, 0]
+                scores[row, self._column_of[token]] = float("-inf")
+        return scores
 
 
 # --------------------------------------------------------------------------- acceptance rules
