@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from tts.settings import Sampling
 
-# when truncating, the ids above the first of these probabilities are sorted; nearly always they hold
-# all that survives, else those above the next one are
+# when truncating, the ids above the first of these probabilities are sorted; nearly always all that
+# survives is among them, else those above the next one are
 FLOORS = (1e-4, 1e-6, -1.0)
 FEW = 256  # ids up to which plain floats are faster than arrays
 BITS = 2**64 - 1
