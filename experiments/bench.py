@@ -19,7 +19,7 @@ from rich.table import Table
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
 from controllers import make_policy
-from experiments.options import ModelOptions, TextOptions
+from experiments.options import MATCH, WINDOW, ModelOptions, TextOptions
 from experiments.report import number
 from experiments.results import Results
 from experiments.workload import PathFile
@@ -59,7 +59,7 @@ class Bench(ModelOptions, TextOptions):
     segment_tokens: int = 96
     gammas: tuple[int, ...] = (0, 1, 2, 3, 4)
     lengths: tuple[int, ...] = (1, 2, 3, 4)
-    window: int = 256
+    window: int = WINDOW
     learners: bool = True
     learning_gamma: int = 0
     distill: DistillConfig = field(default_factory=DistillConfig)
@@ -157,7 +157,7 @@ def _arms(config: Bench, pair: ModelPair) -> dict[str, Arm]:
     if config.learners:
         # a segment is short: what they learn is carried from one to the next
         learns = {"distill": replace(config.distill, scope="session")}
-        remembers, copies = {"memory": config.memory}, {"lookup": PromptLookup(shortest=3)}
+        remembers, copies = {"memory": config.memory}, {"lookup": PromptLookup(shortest=MATCH)}
         for name, settings in (
             ("", {}),
             (" and draft learn", learns),

@@ -13,6 +13,9 @@ from tts.errors import UserError
 from tts.models import ModelPair, load_pair
 from tts.settings import Sampling
 
+WINDOW = 256  # newest positions that a draft reads: best for those that ship
+MATCH = 3  # tokens that have to match to be copied beside a draft: after fewer it does better
+
 
 @dataclass(frozen=True)
 class ModelOptions:
@@ -118,8 +121,8 @@ class SpeculationOptions:
     policy: str = "fixed"
     gamma: int = 4
     cap: int | None = None
-    lookup: int = 3
-    window: int = 256
+    lookup: int = MATCH
+    window: int = WINDOW
     memory: Memory = field(default_factory=Memory)
     distill: DistillConfig = field(default_factory=DistillConfig)
     draft_updates: bool = True

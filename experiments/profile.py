@@ -18,7 +18,7 @@ from rich.table import Table
 from controllers import make_policy
 from experiments import steps
 from experiments.collect import collect
-from experiments.options import ModelOptions, TextOptions
+from experiments.options import WINDOW, ModelOptions, TextOptions
 from experiments.report import number
 from experiments.signals import show_signals, signal_summary
 from experiments.workload import dialogues
@@ -59,7 +59,7 @@ class Profile(ModelOptions, TextOptions):
     compressions: tuple[str, ...] = COMPRESSION
     cap: int = 8
     memory: Memory | None = None
-    window: int = 256
+    window: int = WINDOW
 
     @property
     def gammas(self) -> tuple[int, ...]:

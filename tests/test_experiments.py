@@ -9,9 +9,11 @@ import pytest
 import yaml
 
 from experiments import trackers
+from experiments.arms import build
 from experiments.cli import VERBS, main
 from experiments.curves import acceptance_curve, interval, overlap_curve, third_edges
 from experiments.distill_offline import DRAFTERS
+from experiments.options import SpeculationOptions
 from experiments.workload import FOLDER, PathFile
 from tests import tiny
 from tests.test_engine import PROMPT, decode, greedy
@@ -57,6 +59,13 @@ def test_published_policies_are_arms_on_the_same_text(tts):
     assert list(arms) == ["static", "svip", "confidence", "bandit", "oracle"]
     assert len({arm["num_emitted_tokens"] for arm in arms.values()}) == 1
     assert len({arm["num_draft_tokens"] for arm in arms.values()}) > 1
+
+
+def test_every_arm_but_static_and_draft_reads_the_newest_positions_only():
+    pair, options = tiny.pair("llama3.1"), SpeculationOptions(window=8)
+    names = ("static", "draft", "window", "draft_window", "memory", "gamma", "both", "lookup")
+    reads = {name: build(name, pair, options)._draft_window for name in names}
+    assert reads == dict.fromkeys(names, 8) | {"static": None, "draft": None}
 
 
 def test_a_run_writes_everything_and_runs_again_from_its_config(tts, tmp_path):

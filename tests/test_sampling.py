@@ -76,6 +76,19 @@ def test_a_nucleus_wider_than_the_first_look_is_found():
     assert [row.probs.sum() for row in kept] == pytest.approx([1, 1])
 
 
+def test_what_lies_below_the_floors_of_the_first_looks_is_found():
+    torch.manual_seed(0)
+    flat = torch.rand(20_000) * 0.1  # every id is below the first floor
+    (row,) = Warper(Sampling(1.0, top_p=0.5), 0)(flat[None], [], 0)
+    every = flat.softmax(0).sort(descending=True)
+    count = int((every.values.cumsum(0) < 0.5).sum()) + 1
+    assert set(row.ids) == set(every.indices[:count].tolist())
+    peaked = torch.linspace(-60, -50, 30)  # all but one below every floor that is positive
+    peaked[7] = 0.0
+    (row,) = Warper(Sampling(1.0, top_k=4), 0)(peaked[None], [], 0)
+    assert row.ids.tolist() == [7, 29, 28, 27]
+
+
 def test_reduced_columns_give_the_full_width_distribution():
     torch.manual_seed(0)
     columns = torch.tensor([1, 4, 5, 9, 30, 31])
