@@ -5,6 +5,7 @@ cost.observe(drafted=4, draft_ms=16.0, verify_ms=38.0)
 cost.round_ms(8) - cost.round_ms(0)  # what eight drafted tokens cost over none
 """
 
+from operator import mul
 from typing import Any
 
 import numpy as np
@@ -50,22 +51,26 @@ class CostModel:
         if self._count >= WARM:
             measured, noise = min(measured, OUTLIER * predicted), NOISE * scale
         self._count += 1
-        covariance = [
-            [c + SPEED**2 * m * other for c, other in zip(row, self._mean, strict=True)]
-            for row, m in zip(self._covariance, self._mean, strict=True)
+        drift = [(d * scale) ** 2 for d in DRIFT]
+        foretold = sum(m * y for m, y in zip(self._mean, x, strict=True))
+        speed = [SPEED**2 * m for m in self._mean]
+        # covariance with the round's time, once all have drifted
+        shared = [
+            sum(map(mul, row, x)) + s * foretold + d * y
+            for row, s, d, y in zip(self._covariance, speed, drift, x, strict=True)
         ]
-        for i, drift in enumerate(DRIFT):
-            covariance[i][i] += (drift * scale) ** 2
-        shared = [sum(c * y for c, y in zip(row, x, strict=True)) for row in covariance]
-        variance = sum(s * y for s, y in zip(shared, x, strict=True)) + noise**2
-        error = measured - sum(m * y for m, y in zip(self._mean, x, strict=True))
+        variance = sum(map(mul, shared, x)) + noise**2
         if variance <= 0:  # a round that took no time teaches nothing
             return
-        self._mean = [m + s * error / variance for m, s in zip(self._mean, shared, strict=True)]
+        gain = [s / variance for s in shared]
         self._covariance = [
-            [c - a * b / variance for c, b in zip(row, shared, strict=True)]
-            for row, a in zip(covariance, shared, strict=True)
+            [c + s * m - g * b for c, m, b in zip(row, self._mean, shared, strict=True)]
+            for row, s, g in zip(self._covariance, speed, gain, strict=True)
         ]
+        for i, d in enumerate(drift):
+            self._covariance[i][i] += d
+        error = measured - foretold
+        self._mean = [m + g * error for m, g in zip(self._mean, gain, strict=True)]
 
     def round_ms(self, gamma: int, copied: int = 0) -> float:
         """Expected time of a round with ``gamma`` drafted tokens; drafting is never free."""

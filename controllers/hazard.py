@@ -7,7 +7,6 @@ that is rejected early says nothing about later offsets, and a hazard needs no s
 import math
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from operator import mul
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -88,19 +87,18 @@ class History:
             [*self.row(state, newest), a, b]
             for newest, a, b in zip(said, own, following, strict=True)
         ]
+        self.pass_by(signals, labels, num_accepted)
+        return rows
+
+    def pass_by(self, signals: list[Signals], labels: list[float], num_accepted: int) -> None:
+        """A verified round of ``signals`` of the model's own is the last one now."""
+        entropy, confidence, probability = signals[min(num_accepted, len(signals) - 1)][1:4]
         fast, slow = self.values[3:5]
         for label in labels:
             fast += FAST * (label - fast)
             slow += SLOW * (label - slow)
-        self.values[3:5] = fast, slow
-        self.pass_by(signals, num_accepted)
-        return rows
-
-    def pass_by(self, signals: list[Signals], num_accepted: int) -> None:
-        """What a verified round has said without labels: it is the last one now."""
-        own = [s for s in signals if not s.copied]
-        self.values[:3] = own[min(num_accepted, len(own) - 1)][1:4]
-        self.values[5] = min(1.0, num_accepted / len(own))
+        last = min(1.0, num_accepted / len(signals))
+        self.values = [entropy, confidence, probability, fast, slow, last]
 
 
 def examples(rounds: Iterable[Round], compression: float = 0.0) -> Examples:
@@ -155,30 +153,33 @@ class Network:
         w1[FEATURES.index("compression")] = 0.0  # until it was seen to matter
         w2[:] = rng.normal(0, 0.05, SHAPES[2])
         b2[:] = math.log(PRIOR / (1 - PRIOR))
+        self.offset = 0.0  # of every prediction, in logits; not learned from rows
         self.forget()
         self._unfold()
 
     def predict(self, row: Sequence[float]) -> tuple[float, float]:
         """Acceptance of the newest token and of the next one, for one row of features.
 
-        Plain floats: after a pass of the target has gone through the caches, each call of numpy
-        takes five times as long.
+        Plain floats, written out: after a pass of the target has gone through the caches, each call
+        of numpy takes five times as long, and a loop over the features twice as long as their sum.
         """
-        own, following = self._bias
-        for weights, bias, to_own, to_following in self._units:
-            unit = math.tanh(sum(map(mul, weights, row), bias))
+        tanh = math.tanh
+        x0, x1, x2, x3, x4, x5, x6, x7, x8, x9 = row
+        own, following = self._bias[0] + self.offset, self._bias[1] + self.offset
+        for w0, w1, w2, w3, w4, w5, w6, w7, w8, w9, bias, to_own, to_following in self._units:
+            # fmt: off
+            unit = tanh(
+                w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3 + w4 * x4
+                + w5 * x5 + w6 * x6 + w7 * x7 + w8 * x8 + w9 * x9 + bias
+            )
+            # fmt: on
             own += to_own * unit
             following += to_following * unit
-        return 0.5 + 0.5 * math.tanh(own / 2), 0.5 + 0.5 * math.tanh(following / 2)
+        return 0.5 + 0.5 * tanh(own / 2), 0.5 + 0.5 * tanh(following / 2)
 
     def write(self, weights: Any) -> None:
         """Take other weights, `[weights]`; raises ValueError for another number of them."""
         self.weights[:] = weights
-        self._unfold()
-
-    def shift(self, logits: float) -> None:
-        """Expect more of every token, by so many ``logits``."""
-        self.weights[-SHAPES[3][0] :] += logits
         self._unfold()
 
     def step(self, batch: Examples, size: float) -> float:
@@ -203,16 +204,17 @@ class Network:
             "weights": self.weights.copy(),
             "moments": self._moments.copy(),
             "steps": float(self._steps),
+            "offset": self.offset,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""
         self.write(state["weights"])
         self._moments[:], self._steps = state["moments"], int(state["steps"])
+        self.offset = float(state["offset"])
 
     def _unfold(self) -> None:
         """The weights unit by unit, as `predict` reads them."""
         w1, b1, w2, b2 = split(self.weights)
-        units = zip(w1.T.tolist(), b1.tolist(), w2.tolist(), strict=True)
-        self._units = [(weights, bias, *out) for weights, bias, out in units]
+        self._units = np.column_stack((w1.T, b1, w2)).tolist()
         self._bias = b2.tolist()

@@ -32,13 +32,14 @@ SLOWEST = 4.0  # rounds of gamma 0 that a round of a probe counts as at most
 REST = 4  # of so many rounds at gamma 0 one is timed: what passes wait for slows them fivefold
 PROBE_SHARE = 0.01  # of the time, where nothing else is drafted
 REPLAY, BATCH = 512, 56
-# of so many drafted rounds one teaches, for that takes time; all of the first, and those in alarm
-HEARD, FIRST = 2, 32
+# of so many drafted rounds one teaches, for that takes time; all of the first, and all while the
+# newest predictions are off by so much
+HEARD, FIRST, ALARM = 4, 32, 0.075
 EVERY = 16  # new rows between two lessons: numpy's many small calls after each round add up
-STEP_SIZE, FIT_SIZE = 0.002, 0.01  # of Adam, while decoding and offline
-# small steps forget least, but follow a change of regime slowly: where the mean error of the newest
-# predictions (share a label) is beyond the alarm, the output's bias moves by so much of it a label
-NEWEST, ALARM, SHIFT = 1 / 16, 0.1, 0.5
+STEP_SIZE, FIT_SIZE = 0.006, 0.01  # of Adam, while decoding and offline
+# steps of Adam forget little, but follow a change of regime slowly: meanwhile the mean error of the
+# newest labels moves an offset of all predictions, in logits, which fades (shares a label)
+NEWEST, SHIFT, FADE = 1 / 16, 1 / 8, 1 / 128
 
 
 class Mlp:
@@ -58,12 +59,12 @@ class Mlp:
         self.cost, self._history = CostModel(), History(compression)
         self._rng = np.random.default_rng(seed)
         self.network = Network(self._rng)
+        self._off = 0.0  # mean error of the newest predictions
         self._fresh: list[Row] = []  # not yet in the replay
         self._replay = np.zeros((REPLAY, len(FEATURES) + 2))
         self._seen = 0  # rows ever put into the replay
         self._tokens = self._ms = 0.0  # recent rounds, decayed
         self._foretold: list[float] = []  # acceptance of the tokens drafted in this round
-        self._off = 0.0  # mean error of the newest predictions
         self._confirmed = 0.0  # probes that confirmed gamma = 0
         self._probe_ms = 0.0  # that a round of a probe has lately taken longer than one of gamma 0
         self._wait = self._interval()
@@ -187,16 +188,21 @@ class Mlp:
         self._tokens += RATE * (outcome.num_accepted + 1 - self._tokens)
         ms = self.cost.round_ms(drafted, copied)
         self._ms += RATE * (ms - self._ms)
-        if not heard:
-            self._history.pass_by(outcome.signals, outcome.num_accepted)
+        own = [s for s in outcome.signals if not s.copied]
+        if not own:
             return
-        labels = outcome.acceptance() if drafted > copied else []
-        if not labels:
-            return
-        fresh = self._history.follow((outcome.state, outcome.signals, labels, outcome.num_accepted))
-        self._judge(labels, ms - self.cost.round_ms(0), behind)
+        accepted = outcome.num_accepted
+        if heard:
+            labels = outcome.acceptance()
+            fresh = self._history.follow((outcome.state, own, labels, accepted))
+            self._judge(labels, ms - self.cost.round_ms(0), behind)
+            if self.learning:
+                self._learn(fresh)
+        else:  # what came of it says less than how likely that was, and costs nothing
+            labels = [1.0] * accepted + [0.0]
+            self._history.pass_by(own, labels[: len(own)], accepted)
         if self.learning:
-            self._learn(labels, fresh)
+            self._watch(labels)
 
     def reset(self) -> None:
         self._history.reset()
@@ -243,11 +249,7 @@ class Mlp:
             best = gain
         return best
 
-    def _learn(self, labels: list[float], fresh: list[Row]) -> None:
-        for label, foretold in zip(labels, self._foretold, strict=False):  # the last may be missing
-            self._off += NEWEST * (label - foretold - self._off)
-        if abs(self._off) > ALARM:
-            self.network.shift(SHIFT * self._off * len(labels))
+    def _learn(self, fresh: list[Row]) -> None:
         self._fresh += fresh
         if len(self._fresh) < EVERY:
             return
@@ -256,6 +258,12 @@ class Mlp:
         self._seen += len(slots)
         old = self._rng.integers(0, min(self._seen, REPLAY), BATCH)
         self.network.step(columns(self._replay[np.concatenate([slots, old])]), STEP_SIZE)
+
+    def _watch(self, labels: list[float]) -> None:
+        """Expect more of every token, or less, where the newest predictions were too far off."""
+        for label, foretold in zip(labels, self._foretold, strict=False):  # the last may be missing
+            self._off += NEWEST * (label - foretold - self._off)
+            self.network.offset += SHIFT * self._off - FADE * self.network.offset
 
     def state_dict(self) -> dict[str, Any]:
         """Arrays, numbers and a string (the generator has words of 128 bits); no settings."""

@@ -17,6 +17,7 @@ from tts.errors import UserError
 from tts.policy import RoundOutcome, RoundState, Signals
 
 BASE_MS, EXTRA_MS, STEP_MS = 35.0, 4.0, 5.0
+SEEDS = 8  # worlds that a bound on what chance decides is averaged over
 
 
 def round_ms(gamma):
@@ -106,18 +107,24 @@ def test_neither_the_cap_nor_the_room_left_is_exceeded(cap, limits, acceptance, 
 @pytest.mark.parametrize(("acceptance", "best"), [(0.2, 0), (0.6, 3), (0.9, 8)])
 def test_it_comes_within_three_percent_of_the_best_fixed_gamma(acceptance, best):
     assert int(np.argmax(fixed_rates(acceptance))) == best
-    world, policy = World(acceptance), make_policy("mlp")
-    world.drafted(policy, 200)
-    assert quality(acceptance, world.drafted(policy, 300)) >= 0.97
+    reached = []
+    for seed in range(SEEDS):
+        world, policy = World(acceptance, seed), make_policy("mlp", seed=seed)
+        world.drafted(policy, 200)
+        reached.append(quality(acceptance, world.drafted(policy, 300)))
+    assert np.mean(reached) >= 0.97
 
 
 @pytest.mark.parametrize(("before", "after"), [(0.2, 0.9), (0.9, 0.2), (0.9, 0.6)])
 def test_a_change_of_regime_is_followed_within_a_hundred_rounds(before, after):
-    world, policy = World(before), make_policy("mlp")
-    world.drafted(policy, 300)
-    world.acceptance = after
-    world.drafted(policy, 100)
-    assert quality(after, world.drafted(policy, 100)) >= 0.97
+    reached = []
+    for seed in range(SEEDS):
+        world, policy = World(before, seed), make_policy("mlp", seed=seed)
+        world.drafted(policy, 300)
+        world.acceptance = after
+        world.drafted(policy, 100)
+        reached.append(quality(after, world.drafted(policy, 100)))
+    assert np.mean(reached) >= 0.97
 
 
 def test_telling_signals_beat_every_fixed_gamma():
@@ -206,7 +213,7 @@ def test_offline_examples_are_those_learned_online_and_training_on_them_helps():
     assert examples([]).features.shape == (0, len(FEATURES))
 
 
-def test_once_settled_it_hears_every_other_drafted_round_and_all_after_a_surprise(monkeypatch):
+def test_once_settled_it_hears_few_of_the_drafted_rounds_and_most_after_a_surprise(monkeypatch):
     def share(world, policy, rounds):
         heard.clear()
         drafted = 0
@@ -219,17 +226,18 @@ def test_once_settled_it_hears_every_other_drafted_round_and_all_after_a_surpris
                 assert policy._history.values[5] == accepted / now
         return len(heard) / drafted
 
-    heard, surprised = [], []
+    heard, settled, surprised = [], [], []
     judge = Mlp._judge
     monkeypatch.setattr(Mlp, "_judge", lambda self, *said: heard.append(1) or judge(self, *said))
-    for seed in range(4):  # how soon a surprise shows is chance
+    for seed in range(SEEDS):  # how soon a surprise shows is chance
         world, policy = World(0.8, seed), make_policy("mlp")
         assert share(world, policy, 30) == 1  # of the first
         share(world, policy, 300)
-        assert 0.5 <= share(world, policy, 400) < 0.6
+        settled.append(share(world, policy, 400))
         world.acceptance = 0.2
         surprised.append(share(world, policy, 16))
-    assert sum(surprised) / len(surprised) > 0.65
+    assert min(settled) >= 0.25
+    assert np.mean(settled) < 0.5 < 0.65 < np.mean(surprised)
 
 
 def test_offsets_beyond_the_first_rejection_have_no_labels():

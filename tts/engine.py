@@ -300,21 +300,17 @@ class SpeculativeDecoder:
         verify_ms = clock.lap()
 
         session.drafter.hear(rows.logits[: cut.kept], context)
+        draft_ms += clock.lap()
+        said = proposal.signals
+        self.policy.observe(
+            RoundOutcome(state, verdict.num_accepted, said, acceptance, draft_ms, verify_ms)
+        )
+        policy_ms += clock.lap()
+        # what earlier rounds are owed is no cost of this one's length
         if session.pending and (reason or len(session.pending) >= MAX_LAG):
             late = session.drafter.catch_up(sequence, len(session.pending))
             overlaps += _settle(session, late)
         draft_ms += clock.lap()
-        self.policy.observe(
-            RoundOutcome(
-                state,
-                verdict.num_accepted,
-                proposal.signals,
-                acceptance,
-                draft_ms,
-                verify_ms,
-            )
-        )
-        policy_ms += clock.lap()
         update = self._learn(session, run, rows, context, drafted, reason is not None, clock)
         clock.lap()  # what was learned has its own time, and belongs to the whole
         session.rounds += 1
@@ -327,9 +323,9 @@ class SpeculativeDecoder:
             num_accepted=verdict.num_accepted,
             num_emitted=cut.kept,
             stop_reason=reason,
-            num_copied=sum(s.copied for s in proposal.signals),
-            entropy=[s.entropy for s in proposal.signals],
-            confidence=[s.confidence for s in proposal.signals],
+            num_copied=sum(s.copied for s in said),
+            entropy=[s.entropy for s in said],
+            confidence=[s.confidence for s in said],
             overlap=[value for _, value in overlaps],
             overlap_position=[position for position, _ in overlaps],
             mismatches=verdict.mismatches,
