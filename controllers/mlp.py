@@ -26,6 +26,7 @@ from tts.errors import UserError
 from tts.policy import RoundOutcome, RoundState, Signals
 
 RATE, OPTION = 1 / 32, 1 / 64  # per round, for realised tokens per ms and gain of drafting
+SURE = 2.0  # times the acceptance at which a first token pays: more than that is not questioned
 LOOK = 1 / 64  # chance to draft one token more than pays
 PROBE, RARE_PROBE, PATIENCE = 36, 160, 14  # rounds between probes; doubled after 14 in vain
 SLOWEST = 4.0  # rounds of gamma 0 that a round of a probe counts as at most
@@ -132,9 +133,11 @@ class Mlp:
         if state.at_hand is not None:
             return limit if self._gain(state.at_hand, limit, copied=True) > 0 else 0
         if not self._resting:
-            # what the last draft said is of the past once a round has gone by without one
+            # what the last draft said is asked where it may decide: it tells little of the next one,
+            # and is of the past once a round has gone by without a draft
             following = self._history.usual
-            if not self._behind:
+            least = self.rate * (self.cost.round_ms(1) - self.cost.round_ms(0))
+            if not self._behind and following < SURE * least:
                 _, following = self.network.predict(self._history.row(state, None))
             self._expected = self._gain(following, limit)
             if self._expected + max(self._option, 0.0) > 0:
