@@ -133,8 +133,8 @@ class Mlp:
         if state.at_hand is not None:
             return limit if self._gain(state.at_hand, limit, copied=True) > 0 else 0
         if not self._resting:
-            # what the last draft said is asked where it may decide: it tells little of the next one,
-            # and is of the past once a round has gone by without a draft
+            # what the last draft said tells little of the next one: it is asked where that may
+            # decide, and is of the past once a round has gone by without a draft
             following = self._history.usual
             least = self.rate * (self.cost.round_ms(1) - self.cost.round_ms(0))
             if not self._behind and following < SURE * least:

@@ -114,8 +114,8 @@ def _arms(name: str, config: Drafters) -> dict[str, SpeculativeDecoder]:
     made = {}
     for policy in config.policies:
         for mode in config.modes:
-            if name == PROMPT_LOOKUP and mode not in ("static", "window"):
-                continue  # nothing to train, no state to remember by, and it copies anyway
+            if name == PROMPT_LOOKUP and mode != "static":
+                continue  # nothing to train, no state to remember by, and it copies from anywhere
             if ARMS[MODES[mode]].policy not in ("", policy):
                 continue  # copies are for the MLP, which knows what they cost
             options = replace(config, policy=policy)

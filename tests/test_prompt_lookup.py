@@ -25,8 +25,8 @@ def copying(architecture="llama3.1", vocab=64):
     return ModelPair(target, PromptLookup(), tiny.tokenizer(vocab), "tiny+prompt_lookup")
 
 
-def proposed(sequence, gamma=4, window=None, **fields):
-    drafter = PromptLookupDrafter(PromptLookup(**fields), window)
+def proposed(sequence, gamma=4, **fields):
+    drafter = PromptLookupDrafter(PromptLookup(**fields))
     return drafter.propose(sequence, gamma, 0, None, lambda signals: True).tokens
 
 
@@ -68,12 +68,6 @@ def test_a_copy_says_how_often_its_like_held():
     assert confidence([7, 8, 9, 7]) == pytest.approx(0.2)  # nothing was seen yet: 1 - 0.8
     assert confidence([7, 8, 9, 8, 9, 8]) > 0.3  # 9 followed 8 again
     assert confidence([7, 8, 9, 8, 5, 8]) < 0.2
-
-
-def test_a_window_forgets_old_matches():
-    sequence = [3, 9, 1, 1, 2, 2, 4, 3]
-    assert proposed(sequence, gamma=1) == [9]
-    assert proposed(sequence, gamma=1, window=5) == []
 
 
 def test_greedy_text_is_the_targets_and_something_was_copied():

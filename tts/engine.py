@@ -103,7 +103,7 @@ class SpeculativeDecoder:
         policy: chooses gamma in each round (`controllers.make_policy`).
         distill: how the draft learns while it decodes (None: not at all, at no cost).
         acceptance: ``greedy`` (temperature 0), ``rejection`` or ``coupled``; see `tts.sampling`.
-        draft_window: sliding window over the draft's context (None: all of it).
+        draft_window: sliding window over the context of a draft model (None: all of it).
         lookup: copy what followed the last time where the newest tokens match, and let the draft
             do the rest (None: it does all).
         memory: mix into the draft what the target said where the draft was in a like state (None:
@@ -139,13 +139,12 @@ class SpeculativeDecoder:
     def session(self) -> Session:
         """Empty caches for a sequence; hand it to `generate` again to extend the sequence."""
         draft = self.pair.draft if self.coordinator is None else self.coordinator.live
-        window = self._draft_window
-        drafter = make_drafter(draft, self._vocab_size, window, self._memory)
+        drafter = make_drafter(draft, self._vocab_size, self._draft_window, self._memory)
         lesson = None
         if self.coordinator is not None:  # else the drafter may be one that cannot learn
             lesson = self.coordinator.lesson(cast(TrainableDrafter, drafter))
         if self._lookup is not None and not isinstance(drafter, PromptLookupDrafter):
-            drafter = PromptLookupDrafter(self._lookup, window, drafter)
+            drafter = PromptLookupDrafter(self._lookup, drafter)
         return Session(CachedModel(self.pair.target, layers=drafter.layers), drafter, lesson)
 
     def generate(

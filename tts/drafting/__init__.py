@@ -33,7 +33,7 @@ def make_drafter(
     Args:
         draft: the model, or the rule, that drafts.
         vocab_size: ids of the target.
-        window: sliding window over the draft's context (None: the whole context).
+        window: sliding window over a model's context (None: all of it; copies come from all of it).
         memory: of what the target said in like states of the draft (None: none).
 
     Raises:
@@ -42,7 +42,7 @@ def make_drafter(
     if isinstance(draft, PromptLookup):
         if memory is not None:
             raise UserError("memory: prompt_lookup has no states to remember by: give a model")
-        return PromptLookupDrafter(draft, window)
+        return PromptLookupDrafter(draft)
     drafter: Drafter = _family(draft)(draft, vocab_size, window)
     if memory is not None:
         assert isinstance(drafter, ChainDrafter)

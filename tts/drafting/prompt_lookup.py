@@ -63,18 +63,12 @@ class PromptLookupDrafter:
     a copy after a match of its length was worth, whether or not one was drafted.
 
     Args:
-        lookup: what is copied.
-        window: copy only from the newest so many tokens (None: all).
+        lookup: what is copied, from anywhere in the text.
         model: the drafter for the rest.
     """
 
-    def __init__(
-        self,
-        lookup: PromptLookup,
-        window: int | None = None,
-        model: Drafter | None = None,
-    ) -> None:
-        self._lookup, self._window, self._model = lookup, window, model
+    def __init__(self, lookup: PromptLookup, model: Drafter | None = None) -> None:
+        self._lookup, self._model = lookup, model
         self.layers = () if model is None else model.layers
         # for each n: n-gram -> position after its latest occurrence
         self._latest: list[dict[NGram, int]] = [{} for _ in range(lookup.longest)]
@@ -189,7 +183,7 @@ class PromptLookupDrafter:
         end = len(text) if end is None else end
         for n in range(min(self._lookup.longest, end), self._lookup.shortest - 1, -1):
             start = self._latest[n - 1].get(tuple(text[end - n : end]))
-            if start is not None and (self._window is None or start > end - self._window):
+            if start is not None:
                 return Copy(text[start], n)
         return None
 
