@@ -37,7 +37,7 @@ def test_every_drafter_and_mode_is_a_row(folders, capsys):
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = summary["arms"]
     # what only copies neither learns nor remembers; beside a head, what comes back can be copied
-    assert len(rows) == 1 + 2 * (5 + 5 + 2) + 2 * 2
+    assert len(rows) == 1 + 2 * (5 + 5 + 1) + 2 * 2
     assert {row["tokens"] for row in rows.values()} == {rows["target"]["tokens"]}
     for name in names[:2]:
         assert rows[f"{name}, online, fixed"]["updates"] > 0
