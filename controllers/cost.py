@@ -52,7 +52,7 @@ class CostModel:
             measured, noise = min(measured, OUTLIER * predicted), NOISE * scale
         self._count += 1
         drift = [(d * scale) ** 2 for d in DRIFT]
-        foretold = sum(m * y for m, y in zip(self._mean, x, strict=True))
+        foretold = sum(map(mul, self._mean, x))
         speed = [SPEED**2 * m for m in self._mean]
         # covariance with the round's time, once all have drifted
         shared = [

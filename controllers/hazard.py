@@ -44,6 +44,11 @@ def columns(rows: Array) -> Examples:
     return Examples(rows[:, :-2], rows[:, -2:])
 
 
+def made_by_model(signals: Sequence[Signals]) -> list[Signals]:
+    """Those of a round's ``signals`` that are no copies, which come after them."""
+    return [s for s in signals if not s.copied]
+
+
 class History:
     """What the features remember of one sequence."""
 
@@ -72,12 +77,11 @@ class History:
         return [*said, *recent, position, self.compression]
 
     def follow(self, drafted: Round) -> list[Row]:
-        """Rows of a verified round; afterwards its outcome belongs to the past.
+        """Rows of a verified round of the model's own; afterwards its outcome belongs to the past.
 
-        Copies are left out: they follow what the model has drafted, and know how good they are.
+        Labels beyond the signals are those of copies, which know themselves how good they are.
         """
         state, signals, labels, num_accepted = drafted
-        signals = [s for s in signals if not s.copied]
         labels = labels[: len(signals)]
         if not labels:
             return []
@@ -104,7 +108,9 @@ class History:
 def examples(rounds: Iterable[Round], compression: float = 0.0) -> Examples:
     """What `Mlp.observe` would have learned from, for the logged ``rounds`` of one sequence."""
     history = History(compression)
-    rows = [row for drafted in rounds for row in history.follow(drafted)]
+    rows: list[Row] = []
+    for state, signals, labels, num_accepted in rounds:
+        rows += history.follow((state, made_by_model(signals), labels, num_accepted))
     return columns(np.array(rows).reshape(-1, len(FEATURES) + 2))
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from controllers.cost import CostModel
-from controllers.hazard import FEATURES, Examples, History, Network, Row, columns
+from controllers.hazard import FEATURES, Examples, History, Network, Row, columns, made_by_model
 from tts.errors import UserError
 from tts.policy import RoundOutcome, RoundState, Signals
 
@@ -60,12 +60,12 @@ class Mlp:
         self.cost, self._history = CostModel(), History(compression)
         self._rng = np.random.default_rng(seed)
         self.network = Network(self._rng)
-        self._off = 0.0  # mean error of the newest predictions
         self._fresh: list[Row] = []  # not yet in the replay
         self._replay = np.zeros((REPLAY, len(FEATURES) + 2))
         self._seen = 0  # rows ever put into the replay
         self._tokens = self._ms = 0.0  # recent rounds, decayed
         self._foretold: list[float] = []  # acceptance of the tokens drafted in this round
+        self._off = 0.0  # mean error of the newest predictions
         self._confirmed = 0.0  # probes that confirmed gamma = 0
         self._probe_ms = 0.0  # that a round of a probe has lately taken longer than one of gamma 0
         self._wait = self._interval()
@@ -175,14 +175,15 @@ class Mlp:
             if self._rested % REST:
                 return
         self._resting = False
-        copied = sum(s.copied for s in outcome.signals)
+        own = made_by_model(outcome.signals)
+        copied = drafted - len(own)
         # after rounds without drafts the draft first reads what it missed: not what a draft costs
-        behind, self._behind = self._behind and drafted > copied, drafted == 0
+        behind, self._behind = self._behind and len(own) > 0, drafted == 0
         if self._probing:
             alone, taken = self.cost.round_ms(0), outcome.draft_ms + outcome.verify_ms
             self._probe_ms += (min(taken, SLOWEST * alone) - alone - self._probe_ms) / 4
-        self._drafts += drafted > copied
-        heard = drafted == copied or self._probing or self._teaches()
+        self._drafts += len(own) > 0
+        heard = not own or self._probing or self._teaches()
         if heard and not behind:
             self.cost.observe(drafted, outcome.draft_ms, outcome.verify_ms, copied)
         # modelled time, so that an outlier moves neither this rate nor its comparison with others
@@ -191,7 +192,6 @@ class Mlp:
         self._tokens += RATE * (outcome.num_accepted + 1 - self._tokens)
         ms = self.cost.round_ms(drafted, copied)
         self._ms += RATE * (ms - self._ms)
-        own = [s for s in outcome.signals if not s.copied]
         if not own:
             return
         accepted = outcome.num_accepted

@@ -108,8 +108,8 @@ class SpeculationOptions:
         gamma: speculation length of the fixed policy.
         cap: largest gamma of any other policy (None: its authors' own).
         lookup: tokens that have to match to be copied after, of the arms ``lookup...``.
-        window: sliding window over the draft's context, of all arms but ``static`` and ``draft``,
-            which read all of it.
+        window: sliding window over a draft model's context, of all arms but ``static`` and
+            ``draft``, which read all of it.
         memory: what the arms ``memory...`` remember of the target's words.
         distill: how the draft learns in the arms that let it.
         draft_updates: False: no arm's draft learns.

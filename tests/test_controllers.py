@@ -292,6 +292,18 @@ def test_a_no_is_of_the_moment_and_then_what_is_usual_decides(monkeypatch, accep
     assert set(plans[1:]) == {policy.cap if asked else 0}
 
 
+@pytest.mark.parametrize(("ms", "asked"), [(2.0, False), (12.0, True)])
+def test_a_first_token_is_questioned_only_where_it_is_dear(monkeypatch, ms, asked):
+    world, policy, questions = World(0.6), make_policy("mlp"), []
+    world.drafted(policy, 200)
+    policy._resting = policy._behind = False
+    answer = policy.network.predict
+    monkeypatch.setattr(policy.network, "predict", lambda row: questions.append(row) or answer(row))
+    monkeypatch.setattr(policy.cost, "round_ms", lambda gamma, copied=0: BASE_MS + ms * gamma)
+    policy.plan(RoundState(0, 50, CAP))
+    assert bool(questions) == asked
+
+
 def observed(rounds=300, seed=0, scale=1.0, cost=None, gammas=(0, 1, 4, 8)):
     cost, random = cost or CostModel(), np.random.default_rng(seed)
     for _ in range(rounds):

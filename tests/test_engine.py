@@ -195,3 +195,17 @@ def test_streamer_gets_the_prompt_and_every_token_once():
     result = decoder.generate(PROMPT, generation_config=greedy(20), streamer=streamer)
     assert streamer.got == result.sequences[0].tolist()
     assert streamer.ended
+
+
+def test_reading_what_earlier_rounds_left_unread_is_no_cost_of_a_rounds_length(monkeypatch):
+    pair, events = tiny.pair("llama3.1"), []
+    policy = make_policy("fixed", gamma=0)
+    decoder = SpeculativeDecoder(pair, policy=policy, acceptance="coupled")
+    session = decoder.session()
+    catch_up = session.drafter.catch_up
+    monkeypatch.setattr(policy, "observe", lambda outcome: events.append("observed"))
+    monkeypatch.setattr(
+        session.drafter, "catch_up", lambda *said: events.append("caught up") or catch_up(*said)
+    )
+    decoder.generate(PROMPT, generation_config=greedy(5), session=session)
+    assert events == ["observed"] * 5 + ["caught up"]

@@ -70,6 +70,14 @@ def test_a_copy_says_how_often_its_like_held():
     assert confidence([7, 8, 9, 8, 5, 8]) < 0.2
 
 
+@pytest.mark.parametrize("lookup", [None, PromptLookup()])
+def test_copies_come_from_before_the_window_of_a_model(lookup):
+    pair = copying() if lookup is None else tiny.pair("llama3.1")
+    decoder = SpeculativeDecoder(pair, policy=Fixed(1), draft_window=2, lookup=lookup)
+    assert decoder.session().drafter.at_hand([3, 9, 1, 1, 2, 2, 4, 3]) is not None
+    assert decoder.session().drafter.at_hand([3, 9, 1, 1, 2, 2, 4, 5]) is None
+
+
 def test_greedy_text_is_the_targets_and_something_was_copied():
     pair = copying()
     expected = pair.target.generate(PROMPT, generation_config=greedy(200), do_sample=False)
