@@ -2,106 +2,121 @@
 
 cost = CostModel()
 cost.observe(drafted=4, draft_ms=16.0, verify_ms=38.0)
-cost.round_ms(8) - cost.round_ms(0)  # what eight drafted tokens cost over none
+cost.passes(8) - 1  # what eight drafted tokens cost, in rounds of gamma = 0
 """
 
+import math
+from collections.abc import Sequence
 from operator import mul
 from typing import Any
 
 import numpy as np
 
-# gamma = 0; extra where a model drafts at all, each token that it drafts; extra where all drafts
-# are copies, each copy (free until one was seen, else a fast machine would never see one)
-PRIOR_MS = (35.0, 2.0, 4.0, 0.0, 0.0)
-PRIOR_SD_MS = (100.0, 10.0, 8.0, 10.0, 4.0)
-NOISE, FIRST_NOISE = 0.15, 0.5  # standard deviation of one round's time, as a fraction of it
-DRIFT = (0.003, 0.001, 0.0005, 0.001, 0.0005)  # of each between rounds, as a fraction of a round
-WARM = 6  # observations that no prediction can judge: any of them may be slow (compilation)
-OUTLIER = 2.0  # a round counts as at most this many times its prediction
-SPEED = 0.01  # drift of all of them together between rounds: that of the machine
-FLOOR = 0.01  # a drafted token costs at least this fraction of a round
+# of a pass at gamma = 0: its milliseconds (logarithm), extra where anything is drafted, each row;
+# and as shares of it: extra where a model drafts, each token that it drafts
+PASS, PASS_SD = (math.log(35.0), 0.02, 0.02), (2.0, 0.1, 0.05)
+DRAFT, DRAFT_SD = (0.05, 0.12), (0.3, 0.25)
+# what one round's times are off by, and how far things move between rounds: the machine's speed
+# (a logarithm again) comes and goes, what costs are to each other hardly changes
+PASS_NOISE, SPEED, ROWS = 0.1, 0.07, 0.0005
+DRAFT_NOISE, DRAFTS = 0.2, 0.001
+WARM, WARM_NOISE = 6, 5.0  # first drafts, any of which may be slow (compilation): times the noise
+OUTLIER = 2.0  # a later one counts as at most this many times what was foretold, or as that part
+FLOOR = 0.01  # a drafted token costs at least this share of a pass
 
 
 class CostModel:
-    """Round time in ms: ``base`` at gamma = 0, ``base + extra + gamma * step`` above.
+    """Cost of a round in passes: 1 at gamma = 0, ``1 + extra + gamma * step`` above.
 
-    Copied drafts only cost their rows in the verify pass, and so have an extra and a step of their
-    own. A Kalman filter over these five: they drift slowly (the context grows), and the
-    shared base lets rounds of any gamma tell of the others, so a gamma that is rarely used does
-    not go stale. Other work on the machine only ever slows a round down: slow rounds are clipped,
-    and fast ones weigh more. Most drift is the machine's, whose speed comes and goes: it moves all
-    five by one factor, also those of rounds that are not seen. Plain floats: a call takes
-    microseconds.
+    A busy machine slows whole rounds, by half within a few of them. So only ratios are kept, from
+    two Kalman filters. One compares a draft with the pass that verifies it, moments later. What a
+    row adds to a pass is only told by passes of several rounds, among which the other follows the
+    machine's speed. Copied drafts cost nothing but rows. Plain floats: a call takes microseconds.
     """
 
     def __init__(self) -> None:
-        self._mean = list(PRIOR_MS)
-        self._covariance = [
-            [sd * sd if i == j else 0.0 for j in range(len(PRIOR_MS))]
-            for i, sd in enumerate(PRIOR_SD_MS)
-        ]
+        self._pass, self._draft = _Filter(PASS, PASS_SD), _Filter(DRAFT, DRAFT_SD)
         self._count = 0
 
     def observe(self, drafted: int, draft_ms: float, verify_ms: float, copied: int = 0) -> None:
         """Learn from a round of ``drafted`` tokens, ``copied`` of them by no model."""
-        made = drafted - copied  # by a model
-        x = (1.0, float(made > 0), float(made), float(made == 0 < copied), float(copied))
-        predicted, measured = self.round_ms(drafted, copied), draft_ms + verify_ms
-        scale, noise = min(predicted, measured), FIRST_NOISE * measured
-        if self._count >= WARM:
-            measured, noise = min(measured, OUTLIER * predicted), NOISE * scale
-        self._count += 1
-        drift = [(d * scale) ** 2 for d in DRIFT]
-        foretold = sum(map(mul, self._mean, x))
-        speed = [SPEED**2 * m for m in self._mean]
-        # covariance with the round's time, once all have drifted
-        shared = [
-            sum(map(mul, row, x)) + s * foretold + d * y
-            for row, s, d, y in zip(self._covariance, speed, drift, x, strict=True)
-        ]
-        variance = sum(map(mul, shared, x)) + noise**2
-        if variance <= 0:  # a round that took no time teaches nothing
+        if verify_ms <= 0:  # a pass that took no time teaches nothing
             return
-        gain = [s / variance for s in shared]
-        self._covariance = [
-            [c + s * m - g * b for c, m, b in zip(row, self._mean, shared, strict=True)]
-            for row, s, g in zip(self._covariance, speed, gain, strict=True)
-        ]
-        for i, d in enumerate(drift):
-            self._covariance[i][i] += d
-        error = measured - foretold
-        self._mean = [m + g * error for m, g in zip(self._mean, gain, strict=True)]
+        log_ms, extra, row = self._pass.mean
+        rows = max(1.0 + (drafted > 0) * extra + drafted * row, 0.5)
+        error = math.log(verify_ms / rows) - log_ms
+        speed = max(SPEED, abs(error) / 2)  # a great surprise is the machine's, and of all rounds
+        slopes = (1.0, (drafted > 0) / rows, drafted / rows)
+        self._pass.update(slopes, error, PASS_NOISE, (speed, ROWS, ROWS))
+        made = drafted - copied
+        if not made:
+            return
+        share, foretold = draft_ms * rows / verify_ms, sum(map(mul, self._draft.mean, (1, made)))
+        likely, noise = max(foretold, FLOOR), DRAFT_NOISE
+        if self._count < WARM:
+            noise *= WARM_NOISE
+        else:
+            share = max(likely / OUTLIER, min(share, likely * OUTLIER))
+        self._count += 1
+        noise *= max(likely, share)
+        self._draft.update((1.0, float(made)), share - foretold, noise, (DRAFTS, DRAFTS))
 
-    def round_ms(self, gamma: int, copied: int = 0) -> float:
-        """Expected time of a round with ``gamma`` drafted tokens; drafting is never free."""
-        base = max(self._mean[0], 1e-3)
+    def passes(self, gamma: int, copied: int = 0) -> float:
+        """Expected cost of a round with ``gamma`` drafted tokens; drafting is never free."""
         if gamma == 0:
-            return base
+            return 1.0
         # less than nothing where two rows take no longer than one, and three do
-        extra = self._mean[1 if gamma > copied else 3]
-        tokens = (gamma - copied) * self.step_ms + copied * self.copy_ms
-        return base + max(extra + tokens, FLOOR * base)
+        extra = self._pass.mean[1] + (self._draft.mean[0] if gamma > copied else 0.0)
+        return 1.0 + max(extra + (gamma - copied) * self.step + copied * self.copy, FLOOR)
 
     @property
-    def step_ms(self) -> float:
+    def pass_ms(self) -> float:
+        """Milliseconds of a round at gamma = 0, at the machine's latest speed."""
+        return math.exp(self._pass.mean[0])
+
+    @property
+    def step(self) -> float:
         """Marginal cost of one more token that a model drafts, its row in the pass included."""
-        return max(self._mean[2], FLOOR * self._mean[0], 1e-6)
+        return max(self._draft.mean[1] + self._pass.mean[2], FLOOR)
 
     @property
-    def copy_ms(self) -> float:
+    def copy(self) -> float:
         """Marginal cost of one more copied token: its row in the pass."""
-        return max(self._mean[4], FLOOR * self._mean[0], 1e-6)
+        return max(self._pass.mean[2], FLOOR)
 
     def state_dict(self) -> dict[str, Any]:
         """Arrays and numbers that `load_state_dict` needs to go on."""
-        return {
-            "mean": np.array(self._mean),
-            "covariance": np.array(self._covariance),
-            "count": self._count,
-        }
+        parts = {"pass": self._pass, "draft": self._draft}
+        means = {f"{name}_mean": np.array(part.mean) for name, part in parts.items()}
+        covariances = {f"{name}_covariance": np.array(p.covariance) for name, p in parts.items()}
+        return {**means, **covariances, "count": self._count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a saved state."""
-        self._mean = [float(m) for m in state["mean"]]
-        self._covariance = [[float(c) for c in row] for row in state["covariance"]]
+        for name, part in {"pass": self._pass, "draft": self._draft}.items():
+            part.mean = [float(m) for m in state[f"{name}_mean"]]
+            part.covariance = [[float(c) for c in row] for row in state[f"{name}_covariance"]]
         self._count = int(state["count"])
+
+
+class _Filter:
+    """Kalman's, for a few numbers that drift and are seen through one noisy sum of them."""
+
+    def __init__(self, mean: Sequence[float], sd: Sequence[float]) -> None:
+        self.mean = list(mean)
+        self.covariance = [[x * x * (i == j) for j in range(len(sd))] for i, x in enumerate(sd)]
+
+    def update(
+        self, slopes: Sequence[float], error: float, noise: float, drift: Sequence[float]
+    ) -> None:
+        """Take in a sum with these ``slopes`` that is off by ``error``; both others: deviations."""
+        for i, sd in enumerate(drift):
+            self.covariance[i][i] += sd * sd
+        shared = [sum(map(mul, row, slopes)) for row in self.covariance]
+        variance = sum(map(mul, shared, slopes)) + noise * noise
+        gain = [s / variance for s in shared]
+        self.covariance = [
+            [c - g * s for c, s in zip(row, shared, strict=True)]
+            for row, g in zip(self.covariance, gain, strict=True)
+        ]
+        self.mean = [m + g * error for m, g in zip(self.mean, gain, strict=True)]

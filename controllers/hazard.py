@@ -62,8 +62,8 @@ class History:
 
     @property
     def usual(self) -> float:
-        """Acceptance lately, of any token."""
-        return self.values[4]
+        """Acceptance lately, of any token: between a noisy average and a late one."""
+        return (self.values[3] + self.values[4]) / 2
 
     def row(self, state: RoundState, newest: Signals | None) -> list[float]:
         """Features `[len(FEATURES)]` once ``newest`` is drafted; None: before the first token."""

@@ -3,10 +3,10 @@
 policy = make_policy("mlp", cap=8, seed=0)
 
 It predicts the acceptance of the next token (`controllers.hazard`). What to do with the prediction
-follows from measured costs alone (`CostModel`): with the best rate lambda (tokens per ms), one more
-token pays while
+follows from measured costs alone (`CostModel`): with the best rate lambda in tokens per pass (a
+round at gamma = 0), one more token pays while
 
-    P(all drafted so far are accepted) * P(the next one is) >= lambda * (its cost in ms).
+    P(all drafted so far are accepted) * P(the next one is) >= lambda * (its cost in passes).
 
 Before the first token the gain of drafting at all is weighed in the same way: by what the last
 draft said or, a round later, by what is usual. Where both say no, a rare probe drafts nevertheless:
@@ -25,8 +25,8 @@ from controllers.hazard import FEATURES, Examples, History, Network, Row, column
 from tts.errors import UserError
 from tts.policy import RoundOutcome, RoundState, Signals
 
-RATE, OPTION = 1 / 32, 1 / 64  # per round, for realised tokens per ms and gain of drafting
-SURE = 2.0  # times the acceptance at which a first token pays: more than that is not questioned
+RATE, OPTION = 1 / 32, 1 / 64  # per round, for realised tokens per pass and gain of drafting
+SURE = 1.5  # times the acceptance at which a first token pays: more than that is not questioned
 LOOK = 1 / 64  # chance to draft one token more than pays
 PROBE, RARE_PROBE, PATIENCE = 36, 160, 14  # rounds between probes; doubled after 14 in vain
 SLOWEST = 4.0  # rounds of gamma 0 that a round of a probe counts as at most
@@ -63,11 +63,11 @@ class Mlp:
         self._fresh: list[Row] = []  # not yet in the replay
         self._replay = np.zeros((REPLAY, len(FEATURES) + 2))
         self._seen = 0  # rows ever put into the replay
-        self._tokens = self._ms = 0.0  # recent rounds, decayed
+        self._tokens = self._passes = 1.0  # of a recent round, decayed
         self._foretold: list[float] = []  # acceptance of the tokens drafted in this round
         self._off = 0.0  # mean error of the newest predictions
         self._confirmed = 0.0  # probes that confirmed gamma = 0
-        self._probe_ms = 0.0  # that a round of a probe has lately taken longer than one of gamma 0
+        self._probe_cost = 0.0  # passes that a round of a probe has lately taken more than gamma 0
         self._wait = self._interval()
         self._probing = self._again = False  # this round is a probe; the next one shall be, too
         self._look = int(self._rng.geometric(LOOK))  # tokens until one more is drafted than pays
@@ -76,8 +76,8 @@ class Mlp:
         self._resting = False  # it chose gamma 0 and has learned nothing since
         self._rested = 0  # rounds of that
         self._survival = 1.0  # that all tokens drafted in this round are accepted
-        self._expected = 0.0  # gain in tokens over not drafting, at a constant hazard
-        self._option = 0.0  # what was gained beyond that: a draft can stop when it turns out hard
+        self._foreseen = 0.0  # acceptance at every offset, as foreseen before the first token
+        self._option = 0.0  # tokens won beyond that: a draft can stop when it turns out hard
 
     @classmethod
     def load(
@@ -135,12 +135,12 @@ class Mlp:
         if not self._resting:
             # what the last draft said tells little of the next one: it is asked where that may
             # decide, and is of the past once a round has gone by without a draft
-            following = self._history.usual
-            least = self.rate * (self.cost.round_ms(1) - self.cost.round_ms(0))
-            if not self._behind and following < SURE * least:
-                _, following = self.network.predict(self._history.row(state, None))
-            self._expected = self._gain(following, limit)
-            if self._expected + max(self._option, 0.0) > 0:
+            self._foreseen = self._history.usual
+            if self._foreseen >= SURE * self.rate * (self.cost.passes(1) - 1):
+                return limit
+            if not self._behind:
+                _, self._foreseen = self.network.predict(self._history.row(state, None))
+            if self._gain(self._foreseen, limit) + max(self._option, 0.0) > 0:
                 return limit
             self._resting = True
         self._wait -= 1
@@ -157,8 +157,8 @@ class Mlp:
             self._foretold.append(own)
         self._survival *= own
         if signals.following is not None:
-            return self._survival * signals.following >= self.rate * self.cost.copy_ms
-        pays = self._survival * following >= self.rate * self.cost.step_ms
+            return self._survival * signals.following >= self.rate * self.cost.copy
+        pays = self._survival * following >= self.rate * self.cost.step
         self._look -= 1
         if self._look > 0:
             return pays
@@ -180,25 +180,23 @@ class Mlp:
         # after rounds without drafts the draft first reads what it missed: not what a draft costs
         behind, self._behind = self._behind and len(own) > 0, drafted == 0
         if self._probing:
-            alone, taken = self.cost.round_ms(0), outcome.draft_ms + outcome.verify_ms
-            self._probe_ms += (min(taken, SLOWEST * alone) - alone - self._probe_ms) / 4
+            taken = (outcome.draft_ms + outcome.verify_ms) / self.cost.pass_ms
+            self._probe_cost += (min(taken, SLOWEST) - 1 - self._probe_cost) / 4
         self._drafts += len(own) > 0
         heard = not own or self._probing or self._teaches()
         if heard and not behind:
             self.cost.observe(drafted, outcome.draft_ms, outcome.verify_ms, copied)
-        # modelled time, so that an outlier moves neither this rate nor its comparison with others
-        if not self._ms:
-            self._tokens, self._ms = 1.0, self.cost.round_ms(0)
+        # modelled cost, so that an outlier moves neither this rate nor its comparison with others
         self._tokens += RATE * (outcome.num_accepted + 1 - self._tokens)
-        ms = self.cost.round_ms(drafted, copied)
-        self._ms += RATE * (ms - self._ms)
+        passes = self.cost.passes(drafted, copied)
+        self._passes += RATE * (passes - self._passes)
         if not own:
             return
         accepted = outcome.num_accepted
         if heard:
             labels = outcome.acceptance()
             fresh = self._history.follow((outcome.state, own, labels, accepted))
-            self._judge(labels, ms - self.cost.round_ms(0), behind)
+            self._judge(labels, passes - 1, min(self.cap, outcome.state.limit), behind)
             if self.learning:
                 self._learn(fresh)
         else:  # what came of it says less than how likely that was, and costs nothing
@@ -214,25 +212,24 @@ class Mlp:
 
     @property
     def rate(self) -> float:
-        """Lambda: the best rate known to be achievable here, tokens per ms."""
-        alone = 1 / self.cost.round_ms(0)
-        return max(alone, self._tokens / self._ms) if self._ms else alone
+        """Lambda: the best rate known to be achievable here, tokens per pass."""
+        return max(1.0, self._tokens / self._passes)
 
     def _interval(self) -> float:
         """Rounds at gamma = 0 until the next probe, random: no period of the text shall hide."""
         rounds = min(PROBE * (1 + self._confirmed / PATIENCE), RARE_PROBE)
-        affordable = 2 * self._probe_ms / (PROBE_SHARE * self.cost.round_ms(0))  # it is two rounds
+        affordable = 2 * self._probe_cost / PROBE_SHARE  # it is two rounds
         return max(rounds, affordable) * self._rng.uniform(0.5, 1.5)
 
     def _teaches(self) -> bool:
         """Whether to hear what the newest drafted round has to say."""
         return self._drafts <= FIRST or self._drafts % HEARD == 0 or abs(self._off) > ALARM
 
-    def _judge(self, labels: list[float], extra_ms: float, behind: bool) -> None:
-        """Learn from a drafted round, which took ``extra_ms``, whether drafting pays."""
+    def _judge(self, labels: list[float], extra: float, limit: int, behind: bool) -> None:
+        """Learn from a drafted round, of ``extra`` passes more than none, whether drafting pays."""
         # on average the labels reached sum up to the tokens accepted, with less noise
-        gain = sum(labels) - self.rate * extra_ms
-        self._option += OPTION * (gain - self._expected - self._option)
+        gain = sum(labels) - self.rate * extra
+        self._option += OPTION * (gain - self._gain(self._foreseen, limit) - self._option)
         self._again = self._probing and (behind or gain > 0)  # look twice before settling at 0
         if self._probing and behind:  # its cost is yet to be seen
             return
@@ -241,13 +238,12 @@ class Mlp:
 
     def _gain(self, hazard: float, limit: int, copied: bool = False) -> float:
         """Most tokens that drafting wins, less its cost, if each offset has this ``hazard``."""
-        cost, rate = self.cost, self.rate
-        spare, survival, tokens, best = cost.round_ms(0), 1.0, 0.0, -math.inf
+        rate, survival, tokens, best = self.rate, 1.0, 0.0, -math.inf
         for gamma in range(1, limit + 1):
             survival *= hazard
             tokens += survival
-            extra_ms = cost.round_ms(gamma, gamma if copied else 0) - spare
-            if best > (gain := tokens - rate * extra_ms):
+            extra = self.cost.passes(gamma, gamma if copied else 0) - 1
+            if best > (gain := tokens - rate * extra):
                 break  # costs grow steadily, what a token adds falls
             best = gain
         return best
@@ -291,8 +287,8 @@ class Mlp:
 
 
 NUMBERS = {
-    "seen": int, "tokens": float, "ms": float, "confirmed": float, "wait": float,
-    "probe_ms": float, "probing": bool, "again": bool, "behind": bool, "survival": float,
-    "off": float, "expected": float, "option": float, "resting": bool, "rested": int,
+    "seen": int, "tokens": float, "passes": float, "confirmed": float, "wait": float,
+    "probe_cost": float, "probing": bool, "again": bool, "behind": bool, "survival": float,
+    "off": float, "foreseen": float, "option": float, "resting": bool, "rested": int,
     "look": int, "drafts": int,
 }  # fmt: skip
