@@ -52,14 +52,15 @@ class CostModel:
         if not made:
             return
         share, foretold = draft_ms * rows / verify_ms, sum(map(mul, self._draft.mean, (1, made)))
-        likely, noise = max(foretold, FLOOR), DRAFT_NOISE
+        likely = max(foretold, FLOOR)
         if self._count < WARM:
-            noise *= WARM_NOISE
+            noise = WARM_NOISE * max(likely, share)
         else:
-            share = max(likely / OUTLIER, min(share, likely * OUTLIER))
+            share, noise = max(likely / OUTLIER, min(share, likely * OUTLIER)), likely
         self._count += 1
-        noise *= max(likely, share)
-        self._draft.update((1.0, float(made)), share - foretold, noise, (DRAFTS, DRAFTS))
+        self._draft.update(
+            (1.0, float(made)), share - foretold, DRAFT_NOISE * noise, (DRAFTS, DRAFTS)
+        )
 
     def passes(self, gamma: int, copied: int = 0) -> float:
         """Expected cost of a round with ``gamma`` drafted tokens; drafting is never free."""

@@ -30,7 +30,7 @@ from tts.errors import UserError
 from tts.evidence import Rows as Evidence
 from tts.metrics import Summary, summarise
 from tts.models import ModelPair
-from tts.policy import LengthPolicy, RoundOutcome, RoundState
+from tts.policy import LengthPolicy, RoundOutcome, RoundState, Signals
 from tts.records import RoundRecord, UpdateRecord
 from tts.sampling import (
     AcceptanceRule,
@@ -257,20 +257,23 @@ class SpeculativeDecoder:
         state = RoundState(session.generated, context, run.end - context - 1, at_hand)
         gamma = min(self.policy.plan(state), state.limit)
         adapted = self.coordinator is not None and self.coordinator.adapted
-        policy_ms = clock.lap()
+        policy_ms, draft_ms = clock.lap(), 0.0
+
+        def proceed(signals: Signals) -> bool:
+            nonlocal policy_ms, draft_ms
+            draft_ms += clock.lap()
+            on = self.policy.proceed(state, signals)
+            policy_ms += clock.lap()
+            return on
 
         proposal, overlaps = NOTHING, []
         if gamma > 0:
             proposal = session.drafter.propose(
-                sequence,
-                gamma,
-                len(session.pending),
-                run.rule.draw,
-                lambda signals: self.policy.proceed(state, signals),
+                sequence, gamma, len(session.pending), run.rule.draw, proceed
             )
             overlaps = _settle(session, proposal.late)
         drafts, drafted = proposal.tokens, len(proposal.tokens)
-        draft_ms = clock.lap()
+        draft_ms += clock.lap()
 
         session.target.mark()
         read = session.target.length
