@@ -18,8 +18,8 @@ PASS, PASS_SD = (math.log(35.0), 0.02, 0.02), (2.0, 0.1, 0.05)
 DRAFT, DRAFT_SD = (0.05, 0.12), (0.3, 0.25)
 # what one round's times are off by, and how far things move between rounds: the machine's speed
 # (a logarithm again) comes and goes, what costs are to each other hardly changes
-PASS_NOISE, SPEED, ROWS = 0.1, 0.07, 0.0005
-DRAFT_NOISE, DRAFTS = 0.2, 0.001
+PASS_NOISE, SPEED_DRIFT, ROW_DRIFT = 0.1, 0.07, 0.0005
+DRAFT_NOISE, DRAFT_DRIFT = 0.2, 0.001
 WARM, WARM_NOISE = 6, 5.0  # first drafts, any of which may be slow (compilation): times the noise
 OUTLIER = 2.0  # a later one counts as at most this many times what was foretold, or as that part
 FLOOR = 0.01  # a drafted token costs at least this share of a pass
@@ -45,22 +45,22 @@ class CostModel:
         log_ms, extra, row = self._pass.mean
         rows = max(1.0 + (drafted > 0) * extra + drafted * row, 0.5)
         error = math.log(verify_ms / rows) - log_ms
-        speed = max(SPEED, abs(error) / 2)  # a great surprise is the machine's, and of all rounds
-        slopes = (1.0, (drafted > 0) / rows, drafted / rows)
-        self._pass.update(slopes, error, PASS_NOISE, (speed, ROWS, ROWS))
+        # a great surprise is the machine's, and of all rounds
+        drift = (max(SPEED_DRIFT, abs(error) / 2), ROW_DRIFT, ROW_DRIFT)
+        self._pass.update((1.0, (drafted > 0) / rows, drafted / rows), error, PASS_NOISE, drift)
         made = drafted - copied
         if not made:
             return
-        share, foretold = draft_ms * rows / verify_ms, sum(map(mul, self._draft.mean, (1, made)))
+        slopes, share = (1.0, float(made)), draft_ms * rows / verify_ms
+        foretold = sum(map(mul, self._draft.mean, slopes))
         likely = max(foretold, FLOOR)
         if self._count < WARM:
             noise = WARM_NOISE * max(likely, share)
         else:
             share, noise = max(likely / OUTLIER, min(share, likely * OUTLIER)), likely
         self._count += 1
-        self._draft.update(
-            (1.0, float(made)), share - foretold, DRAFT_NOISE * noise, (DRAFTS, DRAFTS)
-        )
+        noise *= DRAFT_NOISE
+        self._draft.update(slopes, share - foretold, noise, (DRAFT_DRIFT, DRAFT_DRIFT))
 
     def passes(self, gamma: int, copied: int = 0) -> float:
         """Expected cost of a round with ``gamma`` drafted tokens; drafting is never free."""
@@ -110,7 +110,10 @@ class _Filter:
     def update(
         self, slopes: Sequence[float], error: float, noise: float, drift: Sequence[float]
     ) -> None:
-        """Take in a sum with these ``slopes`` that is off by ``error``; both others: deviations."""
+        """Take in a sum with these ``slopes`` that was foretold wrong by ``error``.
+
+        ``noise`` of the sum and ``drift`` of each number since the last one: standard deviations.
+        """
         for i, sd in enumerate(drift):
             self.covariance[i][i] += sd * sd
         shared = [sum(map(mul, row, slopes)) for row in self.covariance]

@@ -323,7 +323,7 @@ def observed(rounds=300, seed=0, scale=1.0, cost=None, gammas=(0, 1, 4, 8)):
 def is_right(cost, scale=1.0, within=0.05):
     assert cost.pass_ms == pytest.approx(scale * BASE_MS, rel=0.15)
     for gamma in range(9):
-        assert cost.passes(gamma) == pytest.approx(round_ms(gamma) / BASE_MS, abs=within * gamma)
+        assert cost.passes(gamma) == pytest.approx(round_ms(gamma) / BASE_MS, rel=within)
     assert cost.step == pytest.approx(STEP_MS / BASE_MS, rel=0.2)
 
 
