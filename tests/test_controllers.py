@@ -353,11 +353,15 @@ def test_a_machine_whose_speed_comes_and_goes_changes_no_cost():
 
 
 def test_a_draft_is_compared_with_its_own_pass():
-    cost, random = CostModel(), np.random.default_rng(0)
-    for _ in range(20):  # never once seen without a draft, on a machine that is never the same
-        shown(cost, 1, math.exp(random.normal()))
-    assert cost.passes(1) - 1 == pytest.approx((round_ms(1) - BASE_MS) / BASE_MS, abs=0.12)
-    assert cost.step == pytest.approx(STEP_MS / BASE_MS, abs=0.05)
+    first = []
+    for seed in range(SEEDS):
+        cost, random = CostModel(), np.random.default_rng(seed)
+        for _ in range(20):  # never once seen without a draft, on a machine that is never the same
+            shown(cost, 1, math.exp(random.normal()))
+        first.append(cost.passes(1) - 1)
+        assert first[-1] == pytest.approx((round_ms(1) - BASE_MS) / BASE_MS, abs=0.12)
+        assert cost.step == pytest.approx(STEP_MS / BASE_MS, abs=0.05)
+    assert max(first) - min(first) < 0.02  # with the pass before it the machine would show
 
 
 def test_a_first_row_may_cost_less_than_a_second():
