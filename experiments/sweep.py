@@ -157,10 +157,9 @@ def read(pair: ModelPair, dialogue: RecordedDialogue, sampling: Sampling, size: 
         with torch.no_grad():
             states = hidden[start - 1 : end - 1]
             logits = head(states).float()
-        mass = (logits / (sampling.temperature or 1.0)).logsumexp(-1)
         p = warp(logits, sequence, start)
         seen = None if features is None else features[start - 1 : end - 1]
-        rows = Rows(start, states, mass, seen)
+        rows = Rows(start, states, seen)
         blocks.append(
             Block(sequence[:end], rows, p, None if features is None else features[: end - 1])
         )

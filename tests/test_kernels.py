@@ -9,7 +9,7 @@ from transformers import LlamaModel
 from tests import tiny
 from tts.attention import MAX_SHORT_ROWS, SHORT, STEP, attention
 from tts.cached_model import CachedModel
-from tts.lean import separate
+from tts.lean import join_low_rank, separate
 from tts.llama import straighten
 from tts.packing import ROWS, PackedLinear, can_pack, pack
 
@@ -198,6 +198,8 @@ def test_what_an_adapter_adds_to_one_of_several_joined_layers_is_added_to_its_ow
     for linear in (layer.self_attn.k_proj, layer.mlp.up_proj):
         thin = torch.randn(linear.in_features, 2), torch.randn(2, linear.out_features)
         linear.low_rank = thin
+    for module in (layer.self_attn, layer.mlp):
+        join_low_rank(module)
     joined = said()
     assert (joined - bare).abs().max() > 0.1
     for module in (layer.self_attn, layer.mlp):

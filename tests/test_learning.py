@@ -1,6 +1,7 @@
 """The draft learns while it decodes: the text stays the target's, the bases stay as they were."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -113,13 +114,25 @@ def test_the_draft_gets_better_while_it_decodes():
     assert late(online) > 1.1 * late(static)
 
 
-def rows_of(target, tokens, temperature=1.0, head=None):
+def test_updates_that_gain_nothing_become_rarer():
+    def updates(learning_rate):
+        config = DistillConfig(
+            stride=8, window=16, rank=8, learning_rate=learning_rate, max_update_share=1.0
+        )
+        rounds = decode(learnable(), sampled(600), config, seed=1).rounds
+        return [r.position for r in rounds if r.update is not None]
+
+    often, rarely = updates(0.01), updates(1e-7)
+    assert len(often) > 2 * len(rarely)
+    assert all(b - a > 3 * 8 for a, b in itertools.pairwise(rarely[5:]))
+
+
+def rows_of(target, tokens, head=None):
     """Evidence for tokens[1:], every one."""
     cached = CachedModel(target)
     rows = cached.feed(tokens[:-1], keep=len(tokens) - 1)
     hidden = rows.hidden if head is None else rows.hidden @ head
-    logits = target.get_output_embeddings()(hidden)
-    return Rows(1, hidden.clone(), (logits / temperature).logsumexp(-1))
+    return Rows(1, hidden.clone())
 
 
 def empty_prefix(draft):
@@ -198,7 +211,9 @@ def test_live_weights_are_base_plus_ba_and_the_rewrite_forgets_nothing(dtype, ro
     with torch.no_grad():
         expected = learner.adapter.model(input_ids=tokens).logits
         live, bare = learner.adapter.live(input_ids=tokens).logits, pair.draft(input_ids=tokens)
-        tolerance = {} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.2}
+        tolerance = (
+            {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.2}
+        )
         torch.testing.assert_close(live, expected, **tolerance)
         assert (live - bare.logits).abs().max() > 0.1
         learner.reset()
@@ -321,7 +336,7 @@ def test_a_saved_state_goes_on_in_another_decoder(tmp_path):
 
     one, two, file = decoder(), decoder(), tmp_path / "state.safetensors"
     timed(one.policy)
-    one.generate(PROMPT, generation_config=sampled())
+    one.generate(PROMPT, generation_config=sampled(120))
     save_state(one, file)
     load_state(two, file)
     assert (one.policy.network.weights == two.policy.network.weights).all()
@@ -344,7 +359,7 @@ def test_evidence_is_bounded_and_windows_never_span_a_prompt():
 
     def add(first, count):
         hidden = torch.arange(first, first + count)[:, None].float()
-        evidence.add(Rows(first, hidden, hidden[:, 0]))
+        evidence.add(Rows(first, hidden))
 
     for first in range(0, 20, 5):
         add(first, 5)
@@ -393,11 +408,7 @@ def test_the_learner_sees_what_the_draft_sees(draft_window):
     drafter.prefill(sequence, None)
     said = pair.target(torch.tensor([sequence]), output_hidden_states=True)
     first = len(sequence) - 8
-    rows = Rows(
-        first,
-        said.hidden_states[-1][0, first - 1 : -1],
-        said.logits[0, first - 1 : -1].logsumexp(-1),
-    )
+    rows = Rows(first, said.hidden_states[-1][0, first - 1 : -1])
     coordinator.observe(lesson, rows, True, 0.0)
     steps = []
     step = coordinator.learner.step

@@ -23,7 +23,7 @@ SMOOTHING = 0.85  # of the gain, an update's weight among those before
 WARM = 4  # updates before the guard judges
 TOLERANCE = 0.005  # overlap that the adapter may lose against the bare draft
 WORTHWHILE = 0.005  # overlap gained below which updates become rarer
-RARER = 2  # times the stride, then
+RAREST = 4  # strides between two updates, at most
 FIRST_MS = 100.0  # what an update is taken to cost before one was measured
 IDLE_SHARE = 0.25  # of the allowed time, where no tokens are drafted
 
@@ -167,9 +167,9 @@ class Coordinator:
     def _judge(self, gain: float) -> str | None:
         """Act on how the adapter did against the bare draft; returns what was done."""
         self._gain += (gain - self._gain) * max(1 - SMOOTHING, 1 / (1 + self._updates))
-        self._patience = 1
         if self._updates < WARM:
             return None
+        self._patience = min(2 * self._patience, RAREST) if self._gain < WORTHWHILE else 1
         learner = self.learner
         if self._gain >= TOLERANCE and self._gain >= self._best:
             self._best, self._good = self._gain, learner.adapter.snapshot()
@@ -178,8 +178,6 @@ class Coordinator:
             learner.restart(good)
             self._forget()
             return "reset" if good is None else "restored"
-        if self._gain < WORTHWHILE:
-            self._patience = RARER
         return None
 
     def state_dict(self) -> dict[str, Any]:

@@ -353,11 +353,10 @@ class SpeculativeDecoder:
         if self.coordinator is None or session.lesson is None:
             return None
         emitted = len(session.sequence) - context
-        log_mass = (rows.logits[:emitted].float() / run.temperature).logsumexp(-1)
         features = None
         if rows.features is not None:  # of all rows that were fed, the last are those verified
             features = rows.features[-len(rows.hidden) :][:emitted]
-        evidence = Evidence(context, rows.hidden[:emitted], log_mass, features)
+        evidence = Evidence(context, rows.hidden[:emitted], features)
         self.coordinator.observe(session.lesson, evidence, drafted > 0, clock.total())
         if ended:  # nobody may ever draft again; if the session goes on, its next round learns
             return None

@@ -13,7 +13,6 @@ class Rows:
 
     first: int  # absolute position of the token that the first row predicted
     hidden: torch.Tensor  # [R, hidden] the target's state after its final norm
-    log_mass: torch.Tensor  # float32 [R] logsumexp of its logits / temperature
     features: torch.Tensor | None = None  # [R, layers x hidden] for a draft that reads them
 
     def __len__(self) -> int:
@@ -44,7 +43,7 @@ class Rows:
         return Rows(parts[0].first, *whole)  # type: ignore[arg-type]
 
 
-TENSORS = ("hidden", "log_mass", "features")
+TENSORS = ("hidden", "features")
 
 
 def _each(do: Callable[[torch.Tensor], torch.Tensor], rows: Rows) -> Any:
@@ -76,7 +75,12 @@ class Evidence:
 
     def since(self, position: int) -> int:
         """How many rows are of ``position`` or later."""
-        return sum(min(len(part), max(0, part.end - position)) for part in self._parts)
+        count = 0
+        for part in reversed(self._parts):
+            if part.end <= position:
+                break
+            count += min(len(part), part.end - position)
+        return count
 
     def window(self, count: int, end: int) -> Rows | None:
         """Up to ``count`` consecutive rows, the newest before position ``end``."""

@@ -79,6 +79,7 @@ def join(module: Any, *names: str) -> None:
         part.weight = nn.Parameter(rows, requires_grad=False)
         if isinstance(part, PackedLinear):
             part.packed = None  # the whole's is enough
+    whole.__dict__["names"] = names
     module.__dict__["joint"] = whole  # no module of the tree: it holds nothing of its own
 
 
@@ -94,10 +95,21 @@ def joint(module: Any, x: torch.Tensor, *names: str) -> torch.Tensor:
     if whole is None or torch.is_grad_enabled():
         return torch.cat([part(x) for part in parts], -1)
     result: torch.Tensor = whole(x)
-    if any(getattr(part, "low_rank", None) is not None for part in parts):
-        added = [part.added(x) for part in parts]
-        result = (result + torch.cat(added, -1)).to(result.dtype)
     return result
+
+
+def join_low_rank(module: Any) -> None:
+    """Let the joined product of ``module`` add what its packed layers add by now, as one."""
+    whole = module.__dict__.get("joint")
+    if not isinstance(whole, PackedLinear):
+        return
+    parts: list[Any] = [getattr(module, name) for name in vars(whole)["names"]]
+    thin = [
+        part.low_rank or (torch.zeros(part.in_features, 0), torch.zeros(0, part.out_features))
+        for part in parts
+    ]
+    if any(part.low_rank for part in parts):
+        whole.low_rank = torch.cat([a for a, _ in thin], 1), torch.block_diag(*(b for _, b in thin))
 
 
 def swiglu(module: Any, x: torch.Tensor) -> torch.Tensor:

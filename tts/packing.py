@@ -55,12 +55,7 @@ class PackedLinear(nn.Linear):
         else:
             result = torch.ops.quantized.linear_dynamic_fp16(input.float(), self.packed)
         if self.low_rank is not None:
-            result = result + self.added(input)
+            down, up = self.low_rank
+            thin = input.float().flatten(0, -2) @ down
+            result = result.float().flatten(0, -2).addmm(thin, up).view_as(result)
         return result.to(input.dtype)
-
-    def added(self, input: torch.Tensor) -> torch.Tensor:
-        """What ``low_rank`` adds, in float32."""
-        if self.low_rank is None:
-            return input.new_zeros(*input.shape[:-1], self.out_features, dtype=torch.float32)
-        down, up = self.low_rank
-        return input.float() @ down @ up

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tts.errors import UserError
-from tts.lean import separate
+from tts.lean import join_low_rank, separate
 from tts.packing import PackedLinear
 
 NAME = "default"
@@ -97,6 +97,8 @@ class Adapter:
                 base: torch.Tensor = lora.get_base_layer().weight  # type: ignore[assignment]
                 delta: torch.Tensor = lora.get_delta_weight(NAME)
                 linear.weight.copy_(base.float() + delta.float())
+        for module in self.live.modules():
+            join_low_rank(module)
         self.version += 1
 
     @torch.no_grad()
@@ -128,10 +130,8 @@ def _linears(
 
 
 def shared_copy(model: PreTrainedModel) -> Any:
-    """A module tree of its own over the same parameters, buffers, packed and joined weights."""
-    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    for module in model.modules():
-        for name in ("packed", "joint"):
-            if (held := vars(module).get(name)) is not None:
-                shared[id(held)] = held
-    return copy.deepcopy(model, shared)
+    """A module tree of its own over the same parameters, buffers and packed weights."""
+    modules = list(model.modules())
+    modules += [held for module in modules if (held := vars(module).get("joint")) is not None]
+    held = [t for m in modules for t in (*m.parameters(), *m.buffers(), vars(m).get("packed"))]
+    return copy.deepcopy(model, {id(x): x for x in held if x is not None})

@@ -56,7 +56,8 @@ class Learner:
         self.config, self._family = config, family
         self.adapter = Adapter(draft, config.rank, config.alpha, targets, layers, config.seed)
         ids = getattr(draft, "draft_ids", slice(draft.get_output_embeddings().weight.shape[0]))
-        self._head = head.detach()[ids]
+        self._head, self._ids = head.detach(), ids
+        self._width = len(head[ids])
         self.random = torch.Generator().manual_seed(config.seed)
         self.reset()
 
@@ -140,12 +141,12 @@ class Learner:
 
     def log_p(self, rows: Rows, temperature: float) -> torch.Tensor:
         """log p of the draft's ids at ``rows`` `[R, ids]`, not renormalised."""
-        logits = rows.hidden.to(self._head.dtype) @ self._head.T
-        return logits.float() / temperature - rows.log_mass[:, None]
+        logits = (rows.hidden.to(self._head.dtype) @ self._head.T).float() / temperature
+        return logits.log_softmax(-1)[:, self._ids]
 
     def normalised(self, logits: torch.Tensor, temperature: float) -> torch.Tensor:
         """log q `[R, ids]` of a draft's ``logits``; padding beyond the target's ids is cut off."""
-        return (logits[:, : len(self._head)].float() / temperature).log_softmax(-1)
+        return (logits[:, : self._width].float() / temperature).log_softmax(-1)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Adapter, optimizer, learning rate and random state as flat tensors."""
