@@ -9,8 +9,8 @@ round at gamma = 0), one more token pays while
     P(all drafted so far are accepted) * P(the next one is) >= lambda * (its cost in passes).
 
 Before the first token the gain of drafting at all is weighed in the same way: by what the last
-draft said or, a round later, by what is usual. Where both say no, a rare probe drafts nevertheless:
-without drafts there would be nothing to learn from.
+draft said or, a round later, by what is usual. Where both say no, a rare probe drafts nevertheless
+(`controllers.probe`).
 """
 
 import json
@@ -22,16 +22,14 @@ import numpy as np
 
 from controllers.cost import CostModel
 from controllers.hazard import FEATURES, Examples, History, Network, Row, columns, made_by_model
+from controllers.probe import Probe
 from tts.errors import UserError
 from tts.policy import RoundOutcome, RoundState, Signals
 
 RATE, OPTION = 1 / 32, 1 / 64  # per round, for realised tokens per pass and gain of drafting
 SURE = 1.5  # times the acceptance at which a first token pays: more than that is not questioned
 LOOK = 1 / 64  # chance to draft one token more than pays
-PROBE, RARE_PROBE, PATIENCE = 36, 160, 14  # rounds between probes; doubled after 14 in vain
-SLOWEST = 4.0  # rounds of gamma 0 that a round of a probe counts as at most
 REST = 4  # of so many rounds at gamma 0 one is timed: what passes wait for slows them fivefold
-PROBE_SHARE = 0.01  # of the time, where nothing else is drafted
 REPLAY, BATCH = 512, 56
 # of so many drafted rounds one teaches, for that takes time; all of the first, and all while the
 # newest predictions are off by so much
@@ -66,10 +64,7 @@ class Mlp:
         self._tokens = self._passes = 1.0  # of a recent round, decayed
         self._foretold: list[float] = []  # acceptance of the tokens drafted in this round
         self._off = 0.0  # mean error of the newest predictions
-        self._confirmed = 0.0  # probes that confirmed gamma = 0
-        self._probe_cost = 0.0  # passes that a round of a probe has lately taken more than gamma 0
-        self._wait = self._interval()
-        self._probing = self._again = False  # this round is a probe; the next one shall be, too
+        self._probe = Probe(self._rng)
         self._look = int(self._rng.geometric(LOOK))  # tokens until one more is drafted than pays
         self._drafts = 0  # rounds in which the model drafted
         self._behind = False  # the draft has not read the newest tokens
@@ -127,7 +122,7 @@ class Mlp:
 
     def plan(self, state: RoundState) -> int:
         limit = min(self.cap, state.limit)
-        self._survival, self._probing, self._foretold = 1.0, False, []
+        self._survival, self._probe.on, self._foretold = 1.0, False, []
         if limit < 1:
             return 0
         if state.at_hand is not None:
@@ -143,11 +138,7 @@ class Mlp:
             if self._gain(self._foreseen, limit) + max(self._option, 0.0) > 0:
                 return limit
             self._resting = True
-        self._wait -= 1
-        self._probing = self._again or self._wait <= 0
-        if self._probing:
-            self._wait = self._interval()
-        return limit if self._probing else 0
+        return limit if self._probe.due() else 0
 
     def proceed(self, state: RoundState, signals: Signals) -> bool:
         # a copy says itself how good it is
@@ -179,11 +170,10 @@ class Mlp:
         copied = drafted - len(own)
         # after rounds without drafts the draft first reads what it missed: not what a draft costs
         behind, self._behind = self._behind and len(own) > 0, drafted == 0
-        if self._probing:
-            taken = (outcome.draft_ms + outcome.verify_ms) / self.cost.pass_ms
-            self._probe_cost += (min(taken, SLOWEST) - 1 - self._probe_cost) / 4
+        if self._probe.on:
+            self._probe.took((outcome.draft_ms + outcome.verify_ms) / self.cost.pass_ms)
         self._drafts += len(own) > 0
-        heard = not own or self._probing or self._teaches()
+        heard = not own or self._probe.on or self._teaches()
         if heard and not behind:
             self.cost.observe(drafted, outcome.draft_ms, outcome.verify_ms, copied)
         # modelled cost, so that an outlier moves neither this rate nor its comparison with others
@@ -196,7 +186,11 @@ class Mlp:
         if heard:
             labels = outcome.acceptance()
             fresh = self._history.follow((outcome.state, own, labels, accepted))
-            self._judge(labels, passes - 1, min(self.cap, outcome.state.limit), behind)
+            # on average the labels reached sum up to the tokens accepted, with less noise
+            gain = sum(labels) - self.rate * (passes - 1)
+            foreseen = self._gain(self._foreseen, min(self.cap, outcome.state.limit))
+            self._option += OPTION * (gain - foreseen - self._option)
+            self._probe.judge(gain, behind)
             if self.learning:
                 self._learn(fresh)
         else:  # what came of it says less than how likely that was, and costs nothing
@@ -208,33 +202,17 @@ class Mlp:
     def reset(self) -> None:
         self._history.reset()
         self._survival, self._resting = 1.0, False
-        self._probing, self._again, self._behind = False, False, False
+        self._behind = False
+        self._probe.reset()
 
     @property
     def rate(self) -> float:
         """Lambda: the best rate known to be achievable here, tokens per pass."""
         return max(1.0, self._tokens / self._passes)
 
-    def _interval(self) -> float:
-        """Rounds at gamma = 0 until the next probe, random: no period of the text shall hide."""
-        rounds = min(PROBE * (1 + self._confirmed / PATIENCE), RARE_PROBE)
-        affordable = 2 * self._probe_cost / PROBE_SHARE  # it is two rounds
-        return max(rounds, affordable) * self._rng.uniform(0.5, 1.5)
-
     def _teaches(self) -> bool:
         """Whether to hear what the newest drafted round has to say."""
         return self._drafts <= FIRST or self._drafts % HEARD == 0 or abs(self._off) > ALARM
-
-    def _judge(self, labels: list[float], extra: float, limit: int, behind: bool) -> None:
-        """Learn from a drafted round, of ``extra`` passes more than none, whether drafting pays."""
-        # on average the labels reached sum up to the tokens accepted, with less noise
-        gain = sum(labels) - self.rate * extra
-        self._option += OPTION * (gain - self._gain(self._foreseen, limit) - self._option)
-        self._again = self._probing and (behind or gain > 0)  # look twice before settling at 0
-        if self._probing and behind:  # its cost is yet to be seen
-            return
-        confirmed = self._probing and not self._again
-        self._confirmed = self._confirmed + 1 if confirmed else self._confirmed / 2
 
     def _gain(self, hazard: float, limit: int, copied: bool = False) -> float:
         """Most tokens that drafting wins, less its cost, if each offset has this ``hazard``."""
@@ -274,6 +252,7 @@ class Mlp:
             "rng": json.dumps(self._rng.bit_generator.state),
             **{name: float(getattr(self, f"_{name}")) for name in NUMBERS},
             **{f"cost.{name}": value for name, value in self.cost.state_dict().items()},
+            **{f"probe.{name}": value for name, value in self._probe.state_dict().items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -284,11 +263,11 @@ class Mlp:
         for name, kind in NUMBERS.items():
             setattr(self, f"_{name}", kind(state[name]))
         self.cost.load_state_dict({n: state[f"cost.{n}"] for n in self.cost.state_dict()})
+        self._probe.load_state_dict({n: state[f"probe.{n}"] for n in self._probe.state_dict()})
 
 
 NUMBERS = {
-    "seen": int, "tokens": float, "passes": float, "confirmed": float, "wait": float,
-    "probe_cost": float, "probing": bool, "again": bool, "behind": bool, "survival": float,
+    "seen": int, "tokens": float, "passes": float, "behind": bool, "survival": float,
     "off": float, "foreseen": float, "option": float, "resting": bool, "rested": int,
     "look": int, "drafts": int,
 }  # fmt: skip

@@ -13,6 +13,7 @@ from controllers import CAP, make_policy
 from controllers.cost import CostModel
 from controllers.hazard import FEATURES, HIDDEN, Examples, examples, loss_and_gradient, split
 from controllers.mlp import Mlp
+from controllers.probe import Probe
 from tts.errors import UserError
 from tts.policy import RoundOutcome, RoundState, Signals
 
@@ -231,8 +232,8 @@ def test_once_settled_it_hears_few_of_the_drafted_rounds_and_most_after_a_surpri
         return len(heard) / drafted
 
     heard, settled, surprised = [], [], []
-    judge = Mlp._judge
-    monkeypatch.setattr(Mlp, "_judge", lambda self, *said: heard.append(1) or judge(self, *said))
+    judge = Probe.judge
+    monkeypatch.setattr(Probe, "judge", lambda self, *said: heard.append(1) or judge(self, *said))
     for seed in range(SEEDS):  # how soon a surprise shows is chance
         world, policy = World(0.8, seed), make_policy("mlp")
         assert share(world, policy, 30) == 1  # of the first
@@ -285,7 +286,7 @@ def test_a_no_is_of_the_moment_and_then_what_is_usual_decides(monkeypatch, accep
     monkeypatch.setattr("controllers.mlp.SURE", math.inf)  # the first token is questioned
     policy._option = 0.0
     monkeypatch.setattr(policy.network, "predict", lambda row: (0.0, 0.0))
-    policy._wait = math.inf  # no probe
+    monkeypatch.setattr(policy._probe, "due", lambda: False)
     plans = []
     for _ in range(8):
         plans.append(policy.plan(state))
