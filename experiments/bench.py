@@ -137,7 +137,7 @@ def _prompts(config: Bench, pair: ModelPair) -> list[torch.Tensor]:
         dialogue = recorded[index % len(recorded)]
         turns = 1 + round((len(dialogue.answers) - 1) * index / max(1, config.segments - 1))
         sequence: list[int] = []
-        for user, answer in list(zip(dialogue.turns, dialogue.answers, strict=False))[:turns]:
+        for user, answer in list(zip(dialogue.turns, dialogue.answers, strict=True))[:turns]:
             ids = pair.tokenizer(user, add_special_tokens=False)["input_ids"]
             sequence += chat.user_turn(ids, sequence)
             prompt = torch.tensor([sequence])

@@ -124,7 +124,7 @@ def _arms(name: str, config: Drafters) -> dict[str, SpeculativeDecoder]:
 
 
 def _until_loop(dialogue: RecordedDialogue) -> RecordedDialogue:
-    """The answers up to the first window of tokens that repeats itself."""
+    """Turns and answers up to the first window of tokens that repeats itself."""
     tokens = [token for answer in dialogue.answers for token in answer]
     windows = distinct_4_windows(tokens)
     left = next((WINDOW * i for i, value in enumerate(windows) if value < LOOP), len(tokens))
@@ -132,7 +132,8 @@ def _until_loop(dialogue: RecordedDialogue) -> RecordedDialogue:
     for answer in dialogue.answers:
         kept.append(answer[:left])
         left -= len(kept[-1])
-    return replace(dialogue, answers=[answer for answer in kept if answer])
+    answers = [answer for answer in kept if answer]
+    return replace(dialogue, turns=dialogue.turns[: len(answers)], answers=answers)
 
 
 def _row(arm: str, rounds: Rounds) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def read(pair: ModelPair, dialogue: RecordedDialogue, sampling: Sampling, size: 
     chat = ChatFormat.of(pair.tokenizer)
     sequence: list[int] = []
     spans = []
-    for user, answer in zip(dialogue.turns, dialogue.answers, strict=False):
+    for user, answer in zip(dialogue.turns, dialogue.answers, strict=True):
         ids = pair.tokenizer(user, add_special_tokens=False)["input_ids"]
         sequence += chat.user_turn(ids, sequence)
         spans += [

@@ -61,7 +61,7 @@ def _segments(
     decoder.policy.reset()
     chat = Conversation(decoder)
     left = text.max_new_tokens
-    for user, answer in zip(dialogue.turns, dialogue.answers, strict=False):
+    for user, answer in zip(dialogue.turns, dialogue.answers, strict=True):
         prompt = chat.turn(user)
         for index, path in enumerate(_cut(answer, size)):
             if left < 1:

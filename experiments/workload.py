@@ -61,8 +61,11 @@ class PathFile:
         try:
             fields = json.loads(readable(path, "path").read_text())
             dialogues = [RecordedDialogue(**d) for d in fields.pop("dialogues")]
+            for d in dialogues:
+                if len(d.turns) != len(d.answers):
+                    raise ValueError(f"{d.id}: {len(d.turns)} turns, {len(d.answers)} answers")
             return cls(dialogues=dialogues, **fields)
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"path: {path!r} is not a recorded path ({error}): make one with `tts record`"
             ) from None

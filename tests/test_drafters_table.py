@@ -46,7 +46,8 @@ def test_every_drafter_and_mode_is_a_row(folders, capsys):
 
 def test_a_path_ends_where_it_begins_to_repeat_itself():
     fresh, loop = list(range(1500)), [1, 2] * 1000
-    cut = _until_loop(RecordedDialogue("a", ["x", "y"], 0, [fresh, loop]))
+    cut = _until_loop(RecordedDialogue("a", ["x", "y", "z"], 0, [fresh, loop, fresh]))
+    assert cut.turns == ["x", "y"]
     assert [len(answer) for answer in cut.answers] == [1500, 500]
 
 

@@ -162,13 +162,16 @@ def test_a_recorded_path_is_what_later_runs_commit(tts, tmp_path):
         (["--gamma=three"], "gamma"),
         (["--results={file}/x"], "cannot be written"),
         (["--path={broken}"], "not a recorded path"),
+        (["--path={cut}"], "a: 2 turns, 1 answers"),
         (["--draft=/nowhere/at/all"], "draft: no folder"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_a_users_mistake_is_one_sentence_and_exit_code_2(tts, tmp_path, flags, message):
     files = {"empty": "", "broken": "{", "shapeless": '{"conversations": [{"id": 1}]}',
-             "long": json.dumps({"turns": ["a" * 600]}), "file": "x"}  # fmt: skip
+             "long": json.dumps({"turns": ["a" * 600]}), "file": "x",
+             "cut": json.dumps({"dialogues": [
+                 {"id": "a", "turns": ["b", "c"], "seed": 0, "answers": [[1]]}]})}  # fmt: skip
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     flags = [flag.format(**{name: tmp_path / name for name in files}) for flag in flags]
