@@ -25,7 +25,7 @@ TOLERANCE = 0.005  # overlap that the adapter may lose against the bare draft
 WORTHWHILE = 0.005  # overlap gained below which updates become rarer
 RAREST = 4  # strides between two updates, at most
 FIRST_MS = 100.0  # what an update is taken to cost before one was measured
-IDLE_SHARE = 0.25  # of the allowed time, where no tokens are drafted
+IDLE_SHARE = 0.2  # of the allowed time, where no tokens are drafted
 
 
 @dataclass(slots=True)
@@ -105,11 +105,13 @@ class Coordinator:
             settled: positions before this one were drafted, and measured, with the draft as it is.
             temperature: at which p and q are compared.
         """
-        if lesson.evidence.since(lesson.learned) < self.config.stride * self._patience:
-            return None
         share = self.config.max_update_share
         allowed_ms = share * max(IDLE_SHARE, self._drafting) * self._wall_ms
         if share < 1 and self._spent_ms + self._expected_ms > allowed_ms:
+            return None
+        if settled <= lesson.learned:
+            return None
+        if lesson.evidence.since(lesson.learned) < self.config.stride * self._patience:
             return None
         began = time.perf_counter()
         rows = lesson.evidence.window(self.config.window, settled)
