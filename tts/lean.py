@@ -90,10 +90,9 @@ def separate(module: nn.Module) -> None:
 
 def joint(module: Any, x: torch.Tensor, *names: str) -> torch.Tensor:
     """The products of ``x`` with the linear layers ``names`` of ``module``, side by side."""
-    parts = [getattr(module, name) for name in names]
     whole = module.__dict__.get("joint")
     if whole is None or torch.is_grad_enabled():
-        return torch.cat([part(x) for part in parts], -1)
+        return torch.cat([getattr(module, name)(x) for name in names], -1)
     result: torch.Tensor = whole(x)
     return result
 
