@@ -21,6 +21,8 @@ from tts.drafting.protocol import Window
 from tts.engine import SpeculativeDecoder
 from tts.errors import UserError
 from tts.evidence import Evidence, Rows
+from tts.lean import separate
+from tts.llama import straighten
 from tts.packing import pack
 from tts.state import load_state, save_state
 
@@ -222,6 +224,28 @@ def test_live_weights_are_base_plus_ba_and_the_rewrite_forgets_nothing(dtype, ro
         learner.reset()
         learner.adapter.write()
         assert torch.equal(learner.adapter.live(input_ids=tokens).logits, bare.logits)
+
+
+def test_joined_layers_draft_with_what_was_learned():
+    pair = learnable()
+    for model in (pair.target, pair.draft):
+        model.bfloat16()
+    pair.draft.set_attn_implementation("tts")
+    pack(pair.draft)
+    straighten(pair.draft, torch.float32)
+    head = pair.target.get_output_embeddings().weight
+    learner = Learner(pair.draft, AutoregressiveDrafter, head, EAGER)
+    learner.step([window_of(pair, TOKENS)], 1.0)
+    learner.adapter.write()
+
+    def said(model):
+        return CachedModel(model).feed(TOKENS[:3], keep=3).hidden
+
+    joined, bare = said(learner.adapter.live), said(pair.draft)
+    for module in learner.adapter.live.modules():
+        separate(module)
+    torch.testing.assert_close(joined, said(learner.adapter.live), rtol=2**-6, atol=2**-6)
+    assert (joined - bare).abs().max() > 0.1
 
 
 def check_the_guard_takes_back(after, event):
