@@ -117,7 +117,9 @@ class Recall:
         size = min(self._count, self.capacity)
         if not size:
             return rows
-        likeness = _normed(states - self._mean) @ self._keys[:size].T
+        # torch's product: after numpy's, its threads go on spinning and slow the target's pass
+        state, keys = map(torch.from_numpy, (_normed(states - self._mean), self._keys[:size]))
+        likeness = (state @ keys.T).numpy()
         here = np.arange(first, first + len(states))
         likeness[self._positions[:size] >= here[:, None]] = -np.inf
         count = min(self._memory.neighbours, size)
