@@ -1,5 +1,6 @@
 """The memory of what the target said: its formula, what it may know when, and that it helps."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -54,6 +55,18 @@ def test_a_row_is_the_mixture_of_the_formula():
     for i in likeness.argsort(descending=True)[:3]:
         expected += torch.exp(4.0 * (likeness[i] - 1)) * words(8)[i].softmax(-1)
     torch.testing.assert_close(mixed, expected / expected.sum())
+
+
+def test_states_are_compared_on_the_threads_of_the_pass():
+    """Threads of NumPy's own go on spinning after a product and slow the target's next pass."""
+
+    class NoArithmetic(np.ndarray):
+        __array_ufunc__ = None
+
+    recall, rows = lesson(), flat(states(2, seed=5))
+    expected = recall.recall(rows, 8).logits
+    recall._keys = recall._keys.view(NoArithmetic)
+    assert torch.equal(recall.recall(rows, 8).logits, expected)
 
 
 def check_a_row_knows_earlier_positions_alone():
