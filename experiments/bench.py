@@ -9,17 +9,17 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig
 
 from controllers import make_policy
 from experiments.options import MATCH, WINDOW, ModelOptions, TextOptions
+from experiments.peers import Arm, peers
 from experiments.report import number
 from experiments.results import Results
 from experiments.workload import PathFile
@@ -30,8 +30,6 @@ from tts.engine import SpeculativeDecoder
 from tts.errors import UserError
 from tts.models import ModelPair
 from tts.policy import LengthPolicy
-
-Arm = Callable[[torch.Tensor, GenerationConfig, int, "Clock"], None]
 
 
 @dataclass(frozen=True)
@@ -162,6 +160,7 @@ def _arms(config: Bench, pair: ModelPair) -> dict[str, Arm]:
             ("", {}),
             (" and draft learn", learns),
             (", lookup", copies),
+            (" and draft learn, lookup", learns | copies),
             (", memory", remembers),
             (", memory, lookup", remembers | copies),
             (" and draft learn, memory, lookup", learns | remembers | copies),
@@ -171,25 +170,7 @@ def _arms(config: Bench, pair: ModelPair) -> dict[str, Arm]:
             add(f"{gamma}, memory", make_policy("fixed", gamma=gamma), **remembers)
         if (gamma := config.learning_gamma) > 0:
             add(f"{gamma}, draft learns", make_policy("fixed", gamma=gamma), **learns)
-    if not config.peers:
-        return arms
-    target, draft, *_ = config.load(stock=True)
-    arms["transformers, plain"] = _peer(target)
-    arms["transformers, plain, our kernels"] = _peer(pair.target)
-    arms["transformers, prompt lookup"] = _peer(target, prompt_lookup_num_tokens=10)
-    if not isinstance(draft, GenerationMixin):
-        return arms  # transformers cannot assist with a drafter that reads the target
-    # the default: up to 20 tokens, stopped by a confidence threshold that is refitted online
-    arms["transformers, assisted, default"] = _peer(target, draft)
-    for length in config.lengths:
-        arms[f"transformers, assisted, constant {length}"] = _peer(
-            target, draft, num_assistant_tokens=length, assistant_confidence_threshold=0.0
-        )
-    arms["transformers, assisted, heuristic"] = _peer(
-        target, draft, num_assistant_tokens=5, num_assistant_tokens_schedule="heuristic",
-        assistant_confidence_threshold=0.0,
-    )  # fmt: skip
-    return arms
+    return arms | peers(config, pair.target, config.lengths) if config.peers else arms
 
 
 def _ours(pair: ModelPair, window: int, policy: LengthPolicy, **settings: Any) -> Arm:
@@ -197,23 +178,6 @@ def _ours(pair: ModelPair, window: int, policy: LengthPolicy, **settings: Any) -
 
     def arm(prompt: torch.Tensor, config: GenerationConfig, seed: int, clock: Clock) -> None:
         decoder.generate(prompt, generation_config=config, seed=seed, streamer=clock)
-
-    return arm
-
-
-def _peer(target: PreTrainedModel, draft: PreTrainedModel | None = None, **settings: Any) -> Arm:
-    """transformers' `generate`; what concerns drafting is read off the draft's own config."""
-    lookup = {k: settings.pop(k) for k in list(settings) if k.startswith("prompt_lookup")}
-    drafting = None
-    if draft is not None:
-        drafting = GenerationConfig.from_dict(draft.generation_config.to_dict() | settings)
-
-    def arm(prompt: torch.Tensor, config: GenerationConfig, seed: int, clock: Clock) -> None:
-        torch.manual_seed(seed)
-        if draft is not None:
-            draft.generation_config = drafting
-        own = GenerationConfig.from_dict(config.to_dict() | lookup)
-        target.generate(prompt, generation_config=own, assistant_model=draft, streamer=clock)
 
     return arm
 

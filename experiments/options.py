@@ -23,7 +23,7 @@ class ModelOptions:
 
     Args:
         target: alias of a packaged model, local folder, or hub id.
-        draft: folder, hub id, prompt_lookup, or a shipped one by name (None: autoregressive).
+        draft: folder, hub id, prompt_lookup, or a shipped one by name (None: the first, eagle3).
         dtype: bfloat16, float16 or float32.
         device: cpu or cuda.
         compression: of the target's weights: none, int8 or nf4 (see `tts.compression`).

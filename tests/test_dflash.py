@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import DynamicCache, GenerationConfig
 
+from experiments.peers import transformers_dflash
 from tests import tiny
 from tests.heads import LAYERS, Recorded, dflash, dflash_pair, features_of
 from tests.test_engine import decode, greedy
@@ -76,28 +77,11 @@ def test_a_block_is_what_the_formulas_say():
 
 @pytest.mark.parametrize("prompt", [[3, 17, 5, 40, 9], [61, 2], [8, 30, 8, 30, 8, 30]])
 def test_transformers_own_dflash_drafts_the_same_tokens(prompt):
-    muse = pytest.importorskip("transformers.models.muse_glimmer_assistant")
     target = tiny.model("llama3.1")
-    made = ModelPair(target, dflash(target), tiny.tokenizer(), "tiny-dflash")
-    c = made.draft.config
-    peer = muse.modeling_muse_glimmer_assistant.MuseGlimmerAssistantModel(
-        muse.configuration_muse_glimmer_assistant.MuseGlimmerAssistantConfig(
-            **tiny.COMMON, vocab_size=64, num_hidden_layers=2, rms_norm_eps=c.rms_norm_eps,
-            rope_parameters=c.rope_parameters, block_size=5, mask_token_id=c.mask_token_id,
-            target_layer_ids=[0, 1], layer_types=["full_attention"] * 2,
-        )
-    ).eval()  # fmt: skip
     ours = dflash(target, target_layers=(1, 2))
-    names = {
-        "fc.weight": "encoder.fc.weight",
-        "hidden_norm.weight": "encoder.output_norm_enc.weight",
-    }
-    state = {
-        names.get(name, name): value
-        for name, value in ours.state_dict().items()
-        if not name.startswith(("embed_tokens", "lm_head", "draft_ids"))
-    }
-    peer.load_state_dict(state)
+    peer = transformers_dflash(ours)
+    if peer is None:
+        pytest.skip("this transformers has no DFlash")
     drafted = []
     honest = peer.forward
 
@@ -109,7 +93,7 @@ def test_transformers_own_dflash_drafts_the_same_tokens(prompt):
     peer.forward = watched
     config = GenerationConfig(max_new_tokens=40, do_sample=False, speculation_type="dflash")
     theirs = target.generate(torch.tensor([prompt]), generation_config=config, assistant_model=peer)
-    made = made._replace(draft=ours)
+    made = ModelPair(target, ours, tiny.tokenizer(), "tiny-dflash")
     proposals = []
     original = ChainDrafter.propose
     with pytest.MonkeyPatch.context() as patch:

