@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import DynamicCache, GenerationConfig
 
-from experiments.peers import transformers_dflash
+from experiments.options import ModelOptions
+from experiments.peers import peers, transformers_dflash
 from tests import tiny
 from tests.heads import LAYERS, Recorded, dflash, dflash_pair, features_of
 from tests.test_engine import decode, greedy
@@ -75,6 +76,24 @@ def test_a_block_is_what_the_formulas_say():
     torch.testing.assert_close(torch.cat(rows.logits).double(), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_blocks_of_one_pass_are_those_of_passes_of_their_own(window):
+    made = dflash_pair()
+    sequence = torch.randint(3, 60, (24,), generator=torch.Generator().manual_seed(2)).tolist()
+    features = features_of(made.target, sequence)
+    rows = []
+    for step in (19, 1):  # more blocks than one pass takes; one a pass
+        drafter = make_drafter(made.draft, 64, window)
+        assert isinstance(drafter, DFlashDrafter)
+        seen = Recorded(drafter)
+        drafter.prefill(sequence[:5], features[:4])
+        for end in range(5 + step, 25, step):
+            drafter.commit(end, features[end - step - 1 : end - 1])
+            drafter.catch_up(sequence[:end], step)
+        rows.append(torch.cat(seen.logits))
+    torch.testing.assert_close(*rows, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("prompt", [[3, 17, 5, 40, 9], [61, 2], [8, 30, 8, 30, 8, 30]])
 def test_transformers_own_dflash_drafts_the_same_tokens(prompt):
     target = tiny.model("llama3.1")
@@ -109,6 +128,19 @@ def test_transformers_own_dflash_drafts_the_same_tokens(prompt):
     assert len(shared) >= len(drafted) - 3
 
 
+class Tokens:
+    """A streamer that keeps all it is given."""
+
+    def __init__(self):
+        self.tokens = []
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        pass
+
+
 # --- checkpoints -------------------------------------------------------------------------------
 
 
@@ -140,6 +172,24 @@ def z_lab(model, folder, inside=False, **changes):
     }
     save_file(tensors, folder / "model.safetensors")
     return tensors
+
+
+def test_bench_has_transformers_own_generation_for_the_draft(target_folder, tmp_path):
+    target = tiny.model("llama3.1")
+    dflash_checkpoint.save(dflash(target, target_layers=(1, 2)), tmp_path / "draft")
+    config = ModelOptions(str(target_folder), str(tmp_path / "draft"), "float32")
+    arms = peers(config, target, lengths=(1,))
+    assert list(arms) == [
+        f"transformers, {name}"
+        for name in ("plain", "plain, our kernels", "prompt lookup", "DFlash")
+    ]
+    said = {}
+    for name, arm in arms.items():
+        streamer = Tokens()
+        arm(torch.tensor([SEQUENCE]), greedy(20), 0, streamer)
+        said[name] = streamer.tokens
+    assert len(set(map(tuple, said.values()))) == 1
+    assert len(said["transformers, DFlash"]) == len(SEQUENCE) + 20
 
 
 @pytest.mark.parametrize("inside", [False, True])

@@ -25,6 +25,7 @@ from tts.cached_model import CachedModel
 from tts.cached_model import Rows as DraftRows
 from tts.coordinator import Coordinator
 from tts.distill.adapter import Adapter
+from tts.drafting import dflash as dflash_drafter
 from tts.drafting.autoregressive import AutoregressiveDrafter
 from tts.drafting.dflash import DFlashDrafter
 from tts.drafting.eagle3_model import Eagle3
@@ -146,16 +147,36 @@ def features_belong_to_the_next_position(patch):
 
 
 def a_block_of_masks_stays_in_the_cache(patch):
-    honest = DFlashDrafter._draft
+    honest = DFlashDrafter._pass
 
-    def draft(self, *args):
-        rows = honest(self, *args)
+    def one_pass(self, *args):
+        hidden = honest(self, *args)
         self._held += self.longest + 1
         for layer in self._cache.layers:
             layer.length = self._held
-        return rows
+        return hidden
 
-    patch.setattr(DFlashDrafter, "_draft", draft)
+    patch.setattr(DFlashDrafter, "_pass", one_pass)
+
+
+def a_block_sees_the_blocks_beside_it(patch):
+    honest = dflash_drafter.block_mask
+
+    def block_mask(positions, keys, *args):
+        mask = honest(positions, keys, *args)
+        mask[..., len(keys) :] = True
+        return mask
+
+    patch.setattr(dflash_drafter, "block_mask", block_mask)
+
+
+def a_window_ends_where_that_of_the_newest_block_does(patch):
+    honest = dflash_drafter.block_mask
+
+    def block_mask(positions, *args):
+        return honest(positions[:, -1:].expand_as(positions).clone(), *args)
+
+    patch.setattr(dflash_drafter, "block_mask", block_mask)
 
 
 def a_chain_forgets_its_own_steps(patch):
@@ -254,8 +275,11 @@ LIST = [
      without_architecture(test_eagle3.test_a_chain_is_what_the_formulas_say, variant={}), ""),
     (features_belong_to_the_next_position,
      without_architecture(test_dflash.test_a_block_is_what_the_formulas_say), ""),
-    (a_block_of_masks_stays_in_the_cache,
-     without_architecture(test_dflash.test_a_block_is_what_the_formulas_say), ""),
+    *((mutation, without_architecture(
+        test_dflash.test_blocks_of_one_pass_are_those_of_passes_of_their_own, window=4), "")
+      for mutation in (a_block_of_masks_stays_in_the_cache,
+                       a_block_sees_the_blocks_beside_it,
+                       a_window_ends_where_that_of_the_newest_block_does)),
     (the_model_is_credited_with_copies,
      lambda architecture: test_engine.check_one_overlap_curve(
          tiny.pair(architecture), (0, 1), 100, lookup=test_prompt_lookup.LOOKUP), "llama3.1"),

@@ -6,9 +6,11 @@ import torch
 
 from tts.cache import filled
 from tts.cached_model import CHUNK, Rows
+from tts.drafting.dflash_model import block_mask
 from tts.drafting.features import FeatureDrafter
 from tts.drafting.protocol import Replay, Window
 from tts.evidence import Rows as Evidence
+from tts.packing import ROWS
 
 SPACING = 2  # positions between the anchors that an update replays
 DECAY = 0.8  # weight of a slot against the one before
@@ -36,9 +38,10 @@ class DFlashDrafter(FeatureDrafter):
     @torch.inference_mode()
     def _first_rows(self, sequence: list[int], gamma: int, pending: int) -> Rows:
         newest = len(sequence) - 1
-        late = self._late(sequence, newest - pending, newest)
-        self._block = self._draft(sequence, newest, gamma)
-        return _join([*late, self._block.part(0, 1)])
+        hidden = self._blocks(sequence, newest - pending, newest + 1)
+        rows = self._rows(torch.cat([hidden[:-1, 0], hidden[-1, :gamma]]))
+        self._block = rows.part(pending, None)
+        return rows.part(0, pending + 1)
 
     def _next_row(self, tokens: list[int]) -> Rows:
         return self._block.part(len(tokens), len(tokens) + 1)
@@ -46,22 +49,32 @@ class DFlashDrafter(FeatureDrafter):
     @torch.inference_mode()
     def _late_rows(self, sequence: list[int], pending: int) -> Rows:
         end = len(sequence) - 1
-        return _join(self._late(sequence, end - pending, end))
+        return self._rows(self._blocks(sequence, end - pending, end)[:, 0])
 
-    def _late(self, sequence: list[int], start: int, end: int) -> list[Rows]:
-        """The row for the token after each anchor from ``start`` to ``end``."""
-        return [self._draft(sequence, anchor, 1) for anchor in range(start, end)]
+    def _rows(self, hidden: torch.Tensor) -> Rows:
+        return Rows(hidden, self._model.lm_head(hidden))
 
-    def _draft(self, sequence: list[int], anchor: int, slots: int) -> Rows:
-        """The first ``slots`` rows of the block at ``anchor``, which only sees what is before."""
-        self._read(anchor)
-        model = self._model
-        place = torch.tensor([[anchor]], device=model.device)
-        token = torch.tensor([[sequence[anchor]]], device=model.device)
-        hidden = model(token, place, self._cache, dtype=model.stream)
+    def _blocks(self, sequence: list[int], first: int, end: int) -> torch.Tensor:
+        """States `[anchors, drafts, hidden]` of the blocks at ``first`` to ``end``."""
+        count = max(1, ROWS // self._model.config.block_size)  # of as many rows as cost what few do
+        groups = [range(a, min(a + count, end)) for a in range(first, end, count)]
+        return torch.cat([self._pass(sequence, anchors) for anchors in groups])
+
+    def _pass(self, sequence: list[int], anchors: range) -> torch.Tensor:
+        """The same of a few blocks in one pass, each of which sees what lies before it."""
+        model, size = self._model, self._model.config.block_size
+        self._read(anchors[0])
+        place = torch.tensor([list(anchors)], device=model.device)
+        tokens = torch.tensor([sequence[anchors.start : anchors.stop]], device=model.device)
+        features = mask = None
+        if between := len(anchors) - 1:
+            features = self._next_features(between).to(model.stream or model.dtype)[None]
+            keys = range(self._cache.get_mask_sizes(size, 0)[1], anchors[-1])
+            mask = block_mask(place, keys, size, self._cache.window)
+        hidden = model(tokens, place, self._cache, mask, model.stream, features, self._held)
+        self._held += between
         self._cache.rollback(self._held)
-        hidden = hidden[0, 1 : 1 + slots]
-        return Rows(hidden, model.lm_head(hidden))
+        return hidden.view(len(anchors), size, -1)[:, 1:]
 
     @torch.inference_mode()
     def _read(self, end: int) -> None:
@@ -100,7 +113,3 @@ class DFlashDrafter(FeatureDrafter):
         known = row < count
         weight = (DECAY**slot).expand(row.shape)
         return Replay(model.lm_head(hidden[known]), row[known], weight[known])
-
-
-def _join(rows: list[Rows]) -> Rows:
-    return Rows(torch.cat([r.hidden for r in rows]), torch.cat([r.logits for r in rows]))

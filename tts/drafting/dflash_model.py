@@ -9,6 +9,7 @@ The block sees all of the context and all of itself; row k predicts x_{s+k}, row
 rows have no query and no MLP: t is the same at every layer (arXiv 2602.06036).
 """
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -70,10 +71,18 @@ class Attention(nn.Module):
         return turned(norm(key, self.k_norm), by), value
 
     def forward(
-        self, x: torch.Tensor, by: Rotation, cache: Any, mask: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        by: Rotation,
+        cache: Any,
+        mask: torch.Tensor | None,
+        context: Keys | None,
     ) -> torch.Tensor:
         query = turned(norm(self._heads(self.q_proj(x)), self.q_norm), by)
-        key, value = cache.update(*self.keys(x, by), self.index)
+        own = self.keys(x, by)
+        if context is not None:
+            own = torch.cat([context[0], own[0]], 2), torch.cat([context[1], own[1]], 2)
+        key, value = cache.update(*own, self.index)
         mixed, _ = attention(
             self, query, key, value, mask, scaling=self.scaling, bidirectional=mask is None
         )
@@ -138,11 +147,15 @@ class DFlash(PreTrainedModel):
             cache: that `forward` will see.
             first: position of the first.
         """
+        for index, keys in enumerate(self._context(features, first)):
+            cache.update(*keys, index)
+
+    def _context(self, features: torch.Tensor, first: int) -> Iterator[Keys]:
+        """Of every layer, keys and values of the context rows."""
         context = norm(self.fc(features), self.hidden_norm)
         by = rotation(self.rotary_emb, context, range(first, first + features.shape[1]))
         for layer in self.layers:
-            attention_: Attention = layer.self_attn  # type: ignore[assignment]
-            cache.update(*attention_.keys(context, by), attention_.index)
+            yield cast(Attention, layer.self_attn).keys(context, by)
 
     def forward(
         self,
@@ -151,6 +164,8 @@ class DFlash(PreTrainedModel):
         cache: Any,
         mask: torch.Tensor | None = None,
         dtype: torch.dtype | None = None,
+        features: torch.Tensor | None = None,
+        first: int = 0,
     ) -> torch.Tensor:
         """Hidden states after the final norm, `[batch, blocks x block_size, hidden]`.
 
@@ -158,8 +173,10 @@ class DFlash(PreTrainedModel):
             anchors: the blocks' first tokens `[batch, blocks]`.
             positions: of the anchors `[batch, blocks]`.
             cache: holds the context; the block rows are appended, to be dropped by the caller.
-            mask: which keys a row sees (None: all, for a single block).
+            mask: which keys a row sees, see `block_mask` (None: all, for a single block).
             dtype: that of the keys in the cache (None: that of the weights).
+            features: further context, appended before the block rows, as in `read`.
+            first: position of the first of ``features``.
         """
         config: DFlashConfig = self.config
         size = config.block_size
@@ -168,8 +185,10 @@ class DFlash(PreTrainedModel):
         x = self.embed_tokens(ids.flatten(1)).to(dtype or self.fc.weight.dtype)
         rows = positions[..., None] + torch.arange(size, device=positions.device)
         by = rotation(self.rotary_emb, x, rows.flatten(1))
-        for layer in self.layers:
-            x = layer(x, by, cache, mask)
+        none = [None] * config.num_hidden_layers
+        context = none if features is None else self._context(features, first)
+        for layer, keys in zip(self.layers, context, strict=True):
+            x = layer(x, by, cache, mask, keys)
         return norm(x, self.norm)
 
     def unroll(
@@ -194,15 +213,29 @@ class DFlash(PreTrainedModel):
         Returns:
             `[batch, blocks, block_size, hidden]`.
         """
-        held = cache.get_seq_length()
-        self.read(features, cache, first)
-        size, device = self.config.block_size, positions.device
-        key = torch.arange(first - held, first + features.shape[1], device=device)
-        seen = key < positions[..., None]
-        if window is not None:
-            seen &= key > positions[..., None] - window
-        blocks = torch.eye(positions.shape[1], dtype=torch.bool, device=device)
-        own = blocks.repeat_interleave(size, 1).expand(len(positions), -1, -1)
-        mask = torch.cat([seen, own], -1).repeat_interleave(size, 1)[:, None]
-        hidden = self(anchors, positions, cache, mask)
-        return hidden.view(*anchors.shape, size, -1)
+        keys = range(first - cache.get_seq_length(), first + features.shape[1])
+        mask = block_mask(positions, keys, self.config.block_size, window)
+        hidden = self(anchors, positions, cache, mask, features=features, first=first)
+        return hidden.view(*anchors.shape, self.config.block_size, -1)
+
+
+def block_mask(positions: torch.Tensor, keys: range, size: int, window: int | None) -> torch.Tensor:
+    """What the rows of several blocks see: the context before their anchor, and their own block.
+
+    Args:
+        positions: of the anchors `[batch, blocks]`.
+        keys: positions of the context.
+        size: rows of a block.
+        window: positions that an anchor sees, itself included (None: all).
+
+    Returns:
+        bool `[batch, 1, blocks x size, keys + blocks x size]`.
+    """
+    device = positions.device
+    key = torch.arange(keys.start, keys.stop, device=device)
+    seen = key < positions[..., None]
+    if window is not None:
+        seen &= key > positions[..., None] - window
+    blocks = torch.eye(positions.shape[1], dtype=torch.bool, device=device)
+    own = blocks.repeat_interleave(size, 1).expand(len(positions), -1, -1)
+    return torch.cat([seen, own], -1).repeat_interleave(size, 1)[:, None]
