@@ -19,7 +19,7 @@ from tts.errors import UserError
 from tts.policy import LengthPolicy
 
 CAP = 40  # the largest gamma any policy may plan
-WEIGHTS = Path(__file__).parent / "weights"  # what `tts fit` made for the shipped draft
+WEIGHTS = Path(__file__).parent / "weights"  # what `tts fit` made for the default draft
 
 RULES: dict[str, Callable[..., LengthPolicy]] = {
     "heuristic": Heuristic,

@@ -81,7 +81,8 @@ def test_blocks_of_one_pass_are_those_of_passes_of_their_own(window):
     made = dflash_pair()
     sequence = torch.randint(3, 60, (24,), generator=torch.Generator().manual_seed(2)).tolist()
     features = features_of(made.target, sequence)
-    rows = []
+    rows, passes = [], []
+    made.draft.register_forward_hook(lambda *_: passes.append(len(rows)))
     for step in (19, 1):  # more blocks than one pass takes; one a pass
         drafter = make_drafter(made.draft, 64, window)
         assert isinstance(drafter, DFlashDrafter)
@@ -92,6 +93,7 @@ def test_blocks_of_one_pass_are_those_of_passes_of_their_own(window):
             drafter.catch_up(sequence[:end], step)
         rows.append(torch.cat(seen.logits))
     torch.testing.assert_close(*rows, atol=1e-4, rtol=1e-4)
+    assert [passes.count(0), passes.count(1)] == [4, 19]  # six blocks of five rows are the most
 
 
 @pytest.mark.parametrize("prompt", [[3, 17, 5, 40, 9], [61, 2], [8, 30, 8, 30, 8, 30]])

@@ -14,6 +14,7 @@ from tests.test_kernels import exact_blocks
 from tts import DistillConfig, Memory, PromptLookup, SpeculativeDecoder, load_pair
 from tts.cached_model import CachedModel
 from tts.drafting.eagle3_model import Eagle3
+from tts.fingerprint import model_fingerprint
 from tts.models import PACKAGED
 
 DRAFTS = PACKAGED["smollm2-135m"].drafts
@@ -172,6 +173,8 @@ def test_every_shipped_draft_is_accepted_and_writes_the_targets_text(alone, name
 
 def test_the_draft_that_is_taken_unless_another_is_named(pair):
     assert isinstance(pair.draft, Eagle3)
+    # the head that ships is refused for any other
+    make_policy("specdecpp", draft=model_fingerprint(pair.draft_model))
 
 
 def test_a_memory_helps_the_shipped_draft(half):

@@ -25,7 +25,7 @@ class DFlashDrafter(FeatureDrafter):
     """
 
     least_rows: ClassVar[int] = 1
-    hears = 0  # a prompt's states would take a pass each
+    hears = 0  # a prompt's states would take a pass for every few
 
     def __init__(self, model: Any, vocab_size: int, window: int | None = None) -> None:
         super().__init__(model, vocab_size, window)
@@ -68,7 +68,7 @@ class DFlashDrafter(FeatureDrafter):
         tokens = torch.tensor([sequence[anchors.start : anchors.stop]], device=model.device)
         features = mask = None
         if between := len(anchors) - 1:
-            features = self._next_features(between).to(model.stream or model.dtype)[None]
+            features = self._next_features(between)[None]
             keys = range(self._cache.get_mask_sizes(size, 0)[1], anchors[-1])
             mask = block_mask(place, keys, size, self._cache.window)
         hidden = model(tokens, place, self._cache, mask, model.stream, features, self._held)
@@ -81,7 +81,7 @@ class DFlashDrafter(FeatureDrafter):
         """Take the features of all positions before ``end`` into the cache."""
         if end > self._held:
             model = self._model
-            features = self._next_features(end - self._held).to(model.stream or model.dtype)
+            features = self._next_features(end - self._held)
             for piece in features.split(CHUNK):
                 model.read(piece[None], self._cache, self._held)
                 self._held += len(piece)

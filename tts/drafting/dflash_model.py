@@ -10,6 +10,7 @@ rows have no query and no MLP: t is the same at every layer (arXiv 2602.06036).
 """
 
 from collections.abc import Iterator
+from itertools import repeat
 from typing import Any, cast
 
 import torch
@@ -185,9 +186,8 @@ class DFlash(PreTrainedModel):
         x = self.embed_tokens(ids.flatten(1)).to(dtype or self.fc.weight.dtype)
         rows = positions[..., None] + torch.arange(size, device=positions.device)
         by = rotation(self.rotary_emb, x, rows.flatten(1))
-        none = [None] * config.num_hidden_layers
-        context = none if features is None else self._context(features, first)
-        for layer, keys in zip(self.layers, context, strict=True):
+        context = repeat(None) if features is None else self._context(features, first)
+        for layer, keys in zip(self.layers, context, strict=False):
             x = layer(x, by, cache, mask, keys)
         return norm(x, self.norm)
 

@@ -59,10 +59,10 @@ class Eagle3Drafter(FeatureDrafter):
         model = self._model
         self._cache.rollback(self._held)
         tokens = torch.tensor([sequence[self._held + 1 :]], device=model.device)
-        stream = model.stream or model.dtype
-        parts = [torch.zeros(1, keep, model.config.hidden_size, device=model.device, dtype=stream)]
+        zeros = torch.zeros(1, keep, model.config.hidden_size, dtype=self._stream)
+        parts = [zeros.to(model.device)]
         if tokens.numel():
-            features = self._next_features(tokens.numel()).to(stream)
+            features = self._next_features(tokens.numel())
             for ids, piece in zip(tokens.split(CHUNK, 1), features.split(CHUNK), strict=True):
                 mask = window_mask(self._cache.window, self._held, len(piece))
                 mask = None if mask is None else mask.to(model.device)

@@ -39,10 +39,16 @@ class FeatureDrafter(ChainDrafter):
             self._unread.append(features)
 
     def _next_features(self, count: int) -> torch.Tensor:
-        """Features of the first ``count`` positions that are not in the cache."""
+        """Features of the first ``count`` positions that are not in the cache, as they are read."""
         features = torch.cat(self._unread)
         self._unread = [features[count:]]
-        return features[:count]
+        return features[:count].to(self._stream)
+
+    @property
+    def _stream(self) -> torch.dtype:
+        """That of the rows between the model's products."""
+        stream: torch.dtype = self._model.stream or self._model.dtype
+        return stream
 
     @staticmethod
     def adaptable(model: Any) -> tuple[int, ...] | None:
