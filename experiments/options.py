@@ -103,7 +103,7 @@ class SpeculationOptions:
     """How the draft speculates.
 
     Args:
-        acceptance: greedy, rejection or coupled.
+        acceptance: greedy, rejection, block or coupled.
         policy: who chooses gamma (`controllers.POLICIES`).
         gamma: speculation length of the fixed policy.
         cap: largest gamma of any other policy (None: its authors' own).

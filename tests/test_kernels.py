@@ -7,7 +7,7 @@ from torch import nn
 from transformers import LlamaModel
 
 from tests import tiny
-from tts.attention import MAX_SHORT_ROWS, SHORT, STEP, attention
+from tts.attention import HALVES, MAX_SHORT_ROWS, SHORT, STEP, _by_halves, attention
 from tts.cached_model import CachedModel
 from tts.lean import join_low_rank, separate
 from tts.llama import straighten
@@ -46,33 +46,41 @@ def test_attention_equals_a_masked_softmax(rows, context, heads, batch):
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("context", [SHORT + 1, SHORT + STEP - 1, SHORT + STEP])
+@pytest.mark.parametrize("context", [SHORT - 1, SHORT + 1, SHORT + HALVES * STEP])
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.inference_mode()
 def test_attention_does_not_see_what_its_buffer_holds_behind_the_context(
-    bidirectional, rows, context
+    bidirectional, rows, context, batch
 ):
     torch.manual_seed(0)
-    query = torch.randn(2, 6, rows, 16)
-    keys, values = torch.randn(2, 2, 2, SHORT + STEP + 1, 16)
+    query = torch.randn(batch, 6, rows, 16)
+    keys, values = torch.randn(2, batch, 2, SHORT + HALVES * STEP + 1, 16)
     seen = [x[:, :, :context] for x in (keys, values)]
     before, _ = attention(nn.Identity(), query, *seen, None, bidirectional=bidirectional)
     for x in (keys, values):
         x[:, :, context:] = 1000.0
     after, _ = attention(nn.Identity(), query, *seen, None, bidirectional=bidirectional)
-    alone = [x.clone() for x in seen]
+    alone = [x.clone() for x in seen]  # ends where it ends: not cut in halves
     expected, _ = attention(nn.Identity(), query, *alone, None, bidirectional=bidirectional)
     assert torch.equal(after, before)
     torch.testing.assert_close(after, expected)
 
 
-def test_a_growing_context_brings_few_shapes_to_the_products(monkeypatch):
-    shapes, product = set(), torch.bmm
-    monkeypatch.setattr(torch, "bmm", lambda a, b: shapes.add((a.shape, b.shape)) or product(a, b))
-    keys = torch.randn(1, 2, SHORT + 4 * STEP, 16)
-    for context in range(SHORT + STEP + 1, SHORT + 3 * STEP + 1):
-        seen = keys[:, :, :context]
-        attention(nn.Identity(), torch.randn(1, 6, 4, 16), seen, seen, None)
-    # scores and values; four rows, and one, two or three where a block lies across an edge
-    assert len(shapes) == 2 * (3 + 3 + 2)
+def test_a_growing_context_brings_few_shapes_to_the_kernels(monkeypatch):
+    shapes, width = set(), HALVES * STEP
+
+    def noting(query, key, *args):
+        shapes.add((query.shape, key.shape))
+        return _by_halves(query, key, *args)
+
+    monkeypatch.setattr("tts.attention._by_halves", noting)
+    keys = torch.randn(1, 2, SHORT + 4 * width, 16)
+    with torch.inference_mode():
+        for context in range(SHORT + width + 1, SHORT + 3 * width + 1):
+            seen = keys[:, :, :context]
+            attention(nn.Identity(), torch.randn(1, 6, 4, 16), seen, seen, None)
+    # four rows, and one, two or three where a block lies across an edge
+    assert len(shapes) == 2 + 3 + 3 + 3
 
 
 def test_attention_honours_a_given_mask_and_refuses_softcap():
@@ -86,17 +94,19 @@ def test_attention_honours_a_given_mask_and_refuses_softcap():
         attention(nn.Identity(), query, key, key, None, softcap=5.0)
 
 
-HEADS, FIRST = [(9, 3), (4, 4), (8, 1)], [5, 60, 500, SHORT - 20, SHORT + 600]
+HEADS = [(9, 3), (4, 4), (8, 1)]
+FIRST = [5, 60, 500, SHORT - 20, SHORT + 600, 2 * SHORT - 8]
 
 
 @exact_blocks
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("first", FIRST)
-def test_a_row_of_attention_is_the_same_in_every_block(heads, first):
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_row_of_attention_is_the_same_in_every_block(heads, first, head_dim):
     torch.manual_seed(0)
     query_heads, key_heads = heads
-    query = torch.randn(1, query_heads, MAX_SHORT_ROWS, 64).bfloat16()
-    stored = torch.randn(2, 1, key_heads, SHORT + 1024, 64).bfloat16()
+    query = torch.randn(1, query_heads, MAX_SHORT_ROWS, head_dim).bfloat16()
+    stored = torch.randn(2, 1, key_heads, 3 * SHORT, head_dim).bfloat16()
 
     def rows(start, end):
         keys, values = stored[:, :, :, : first + end]

@@ -3,6 +3,7 @@
 from itertools import product
 from math import prod
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
@@ -14,7 +15,7 @@ from tts.drafting.autoregressive import AutoregressiveDrafter
 from tts.drafting.protocol import Proposal
 from tts.engine import SpeculativeDecoder
 from tts.policy import RoundOutcome
-from tts.sampling import Distribution, Warper
+from tts.sampling import Block, Distribution, Rejection, Warper, _reach
 from tts.settings import resolve
 
 VOCAB, LENGTH = 8, 3
@@ -86,6 +87,10 @@ def honest(pair):
     return SpeculativeDecoder(pair, policy=Mixed(), acceptance="rejection")
 
 
+def block(pair):
+    return SpeculativeDecoder(pair, policy=Mixed(), acceptance="block")
+
+
 def learning(pair):
     """The draft changes after every round, within three tokens and anew for each sample."""
     distill = DistillConfig(
@@ -106,6 +111,10 @@ class DropsUnsure(AutoregressiveDrafter):
         return Proposal(
             proposal.tokens[:kept], proposal.q[:kept], proposal.signals[:kept], proposal.late
         )
+
+
+def listed(probs):
+    return Distribution(np.arange(len(probs)), np.array(probs, np.float32))
 
 
 def flattened(q):
@@ -137,13 +146,15 @@ def planted(drafter):
     return decoder_of
 
 
-def test_rejection_keeps_the_law_of_the_first_three_tokens():
-    assert p_value(small_pair(), 4000, honest) > ALPHA
+@pytest.mark.parametrize(("rule", "samples"), [(honest, 4000), (block, 1000)])
+def test_the_law_of_the_first_three_tokens_is_kept(rule, samples):
+    assert p_value(small_pair(), samples, rule) > ALPHA
 
 
 @pytest.mark.slow
-def test_rejection_keeps_the_law_with_many_samples():
-    assert p_value(small_pair(), 20000, honest) > ALPHA
+@pytest.mark.parametrize("rule", [honest, block])
+def test_the_law_is_kept_with_many_samples(rule):
+    assert p_value(small_pair(), 20000, rule) > ALPHA
 
 
 def test_rejection_keeps_the_law_while_the_draft_learns():
@@ -163,3 +174,73 @@ def test_rejection_keeps_the_law_while_the_draft_learns_with_many_samples():
 def test_the_law_test_finds_a_planted_error(drafter, samples):
     """In fewer samples than the honest draft passes, so in those, too."""
     assert p_value(small_pair(), samples, planted(drafter)) < 1e-6
+
+
+# what a target (p) and a draft (q) of three tokens say, by position: a token too many, or too few
+P = [listed(row) for row in ([0.4, 0.6, 0.0], [0.6, 0.4, 0.0], [0.2, 0.3, 0.5], [1.0, 0.0, 0.0])]
+Q = [listed(row) for row in ([0.8, 0.2, 0.0], [0.35, 0.1, 0.55], [0.5, 0.2, 0.3])]
+
+
+def p_value_of_tables(rule, samples):
+    """As `p_value`, without models; a block ends after a token 2."""
+    counts = dict.fromkeys(product(range(3), repeat=LENGTH), 0)
+    for seed in range(samples):
+        judge, text = rule(seed), []
+        while (start := len(text)) < LENGTH:
+            drafts = []
+            while start + len(drafts) < LENGTH and drafts[-1:] != [2]:
+                drafts.append(judge.draw(Q[start + len(drafts)], 0))
+            end = start + len(drafts)
+            verdict = judge.judge(P[start : end + 1], Q[start:end], drafts, 0)
+            text += [*drafts[: verdict.num_accepted], verdict.token]
+        counts[tuple(text[:LENGTH])] += 1
+    law = {t: prod(p.of(x) for p, x in zip(P, t, strict=False)) for t in counts}
+    if any(counts[t] for t in law if not law[t]):
+        return 0.0
+    scale = samples / sum(law.values())
+    likely = [t for t in law if law[t]]
+    return chisquare([counts[t] for t in likely], [law[t] * scale for t in likely]).pvalue
+
+
+class DrawsTheRestAlone(Block):
+    """Planted error: the token after the block is drawn as if those before it had been sure."""
+
+    def judge(self, p, q, drafts, first):
+        verdict = super().judge(p, q, drafts, first)
+        j = verdict.num_accepted
+        if j == len(drafts):
+            return verdict
+        left = (p[j].probs - q[j].over(p[j].ids)).clip(min=0)
+        return verdict._replace(token=self._choose(p[j].ids, left))
+
+
+class EveryTokenForItself(Block):
+    """Planted error: a token is kept as often as it would be alone."""
+
+    def judge(self, p, q, drafts, first):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("tts.sampling._reach", self._alone)
+            return super().judge(p, q, drafts, first)
+
+    def _alone(self, common, drafts):
+        rows = zip(common, drafts, strict=True)
+        return [1.0, *(_reach([row], [token])[1] for row, token in rows)]
+
+
+class KeepsASurplus(Block):
+    """Planted error: what a token has too much is carried over to the next as well."""
+
+    def judge(self, p, q, drafts, first):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("tts.sampling.min", lambda one, ratio: ratio, raising=False)
+            return super().judge(p, q, drafts, first)
+
+
+@pytest.mark.parametrize("rule", [Rejection, Block])
+def test_blocks_that_end_after_a_token_keep_the_law_of_tables(rule):
+    assert p_value_of_tables(rule, 8000) > ALPHA
+
+
+@pytest.mark.parametrize("error", [DrawsTheRestAlone, EveryTokenForItself, KeepsASurplus])
+def test_the_law_of_tables_finds_a_planted_error(error):
+    assert p_value_of_tables(error, 8000) < 1e-6

@@ -234,7 +234,14 @@ def a_row_reads_as_far_as_its_block(patch):
 
 
 def few_rows_are_summed_as_they_come(patch):
-    patch.setattr("tts.attention._spare_rows", lambda rows: 0)
+    patch.setattr("tts.attention._spare_rows", lambda rows, head_dim: 0)
+
+
+def halves_are_joined_by_a_softmax(patch):
+    def joined(said, log_mass):
+        return (said * log_mass.softmax(0)[..., None]).sum(0, keepdim=True)
+
+    patch.setattr("tts.attention._joined", joined)
 
 
 def without_architecture(check, **kwargs):
@@ -244,7 +251,7 @@ def without_architecture(check, **kwargs):
 def rows_of_every_shape(architecture):
     """Which shapes are summed in another order depends on the CPU."""
     for heads, first in itertools.product(test_kernels.HEADS, test_kernels.FIRST):
-        test_kernels.test_a_row_of_attention_is_the_same_in_every_block(heads, first)
+        test_kernels.test_a_row_of_attention_is_the_same_in_every_block(heads, first, 64)
 
 
 LIST = [
@@ -294,7 +301,8 @@ LIST = [
       for mutation, name in ((a_chain_forgets_its_own_steps, "eagle3"),
                              (a_mask_sees_the_masks_of_other_roots, "pard"))),
     *((mutation, rows_of_every_shape, "")
-      for mutation in (a_row_reads_as_far_as_its_block, few_rows_are_summed_as_they_come)
+      for mutation in (a_row_reads_as_far_as_its_block, few_rows_are_summed_as_they_come,
+                       halves_are_joined_by_a_softmax)
       if not exact_blocks.args[0]),
 ]  # fmt: skip
 

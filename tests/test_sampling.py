@@ -1,5 +1,7 @@
 """Warping equals transformers' own processors; the acceptance rules and the noise keep promises."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,8 @@ from transformers import GenerationConfig
 from tests import tiny
 from tts.sampling import (
     FEW,
+    Block,
+    Common,
     Coupled,
     Distribution,
     Recorded,
@@ -183,10 +187,10 @@ def test_match_probability_is_the_sum_over_all_pairs(weights):
     both = np.array(weights, dtype=float).T
     both /= both.sum(-1, keepdims=True)
     rows = [listed(kept := probs.nonzero()[0][::-1], probs[kept]) for probs in both]
-    ((p, q),) = on_common_ids(rows[:1], rows[1:])
-    wide = np.pad(p, (0, FEW)), np.pad(q, (0, FEW))  # is summed up in another way
+    (common,) = on_common_ids(rows[:1], rows[1:])
+    wide = Common(*(np.pad(x, (0, FEW)) for x in common))  # is summed up in another way
     expected = naive_match(*both)
-    assert match_probability([(p, q), wide]) == pytest.approx([expected, expected], abs=1e-6)
+    assert match_probability([common, wide]) == pytest.approx([expected, expected], abs=1e-6)
 
 
 def test_match_probability_of_distributions_as_wide_as_the_vocabulary():
@@ -203,6 +207,37 @@ def test_rejection_accepts_with_min_one_p_over_q_and_redraws_the_rest():
     assert {v.token for v in kept} == {2}
     assert {v.token for v in verdicts if v.num_accepted == 0} == {1}
     assert all(Rejection(s).judge(p, q, [1], 5).num_accepted == 1 for s in range(50))
+
+
+def test_a_likely_token_makes_up_for_an_unlikely_one_before_it():
+    """Token by token two fifths of these blocks would be kept: r is 1, .4, 1."""
+    p = [listed([0, 1], [0.2, 0.8]), listed([0, 1], [1.0, 0.0]), listed([5], [1.0])]
+    q = [listed([0, 1], [0.5, 0.5]), listed([0, 1], [0.4, 0.6])]
+    assert all(Block(s).judge(p, q, [0, 0], 5)[:2] == (2, 5) for s in range(50))
+    # all of the .4 that may begin with 0 went on with 0
+    assert all(Block(s).judge(p, q, [0, 1], 5)[:2] == (0, 1) for s in range(50))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(*[st.sampled_from([1, 2, 5, 9])] * 3), min_size=4, max_size=4))
+def test_the_labels_of_a_block_sum_up_to_what_is_kept_of_it(weights):
+    """Over all blocks of two, for each label's offset is reached as often as r says."""
+    rows = [listed(range(3), np.array(w) / sum(w)) for w in weights]
+    p, q = rows[:2], rows[2:]
+    common = on_common_ids(p, q)
+    labelled = first = second = 0.0
+    for drafts in product(range(3), repeat=2):
+        drawn = q[0].of(drafts[0]) * q[1].of(drafts[1])
+        ratios = [mine.of(x) / other.of(x) for mine, other, x in zip(p, q, drafts, strict=True)]
+        kept = min(1.0, ratios[0])
+        labels = Block(0).probability(common, drafts)
+        labelled += drawn * (labels[0] + kept * labels[1])
+        first += drawn * kept
+        second += drawn * min(1.0, kept * ratios[1])
+    one, two = overlap(common)
+    assert first == pytest.approx(one, abs=1e-5)
+    assert labelled == pytest.approx(first + second, abs=1e-5)
+    assert second >= one * two - 1e-5  # token by token
 
 
 def test_a_recorded_path_is_followed_and_compared():

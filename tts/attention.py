@@ -3,15 +3,16 @@
 Stock scaled-dot-product attention repeats every key and value head for the query heads that share
 it (or runs one thread per head), and builds a mask of rows x context: at 6,000 keys it reads the
 cache at a tenth of the memory bandwidth. Here the query heads that share a key head become rows of
-one fused attention or, over long contexts, of one batched matrix product, so each key and value is
-read once, where it lies. oneDNN compiles a product for every shape that it has not met, which costs
-a growing context milliseconds in every pass: a row reads up to a multiple of `STEP` positions, and
-those behind it are masked.
+one fused attention, so each key and value is read once, where it lies. Long contexts are cut in two
+halves, as if there were twice as many key heads: three of them keep two cores busy three quarters
+of the time, six all of it. What the halves say is put together by their mass.
 
-That multiple, and with it every sum, depends on the row's position alone: in bfloat16 a row's
-result is the same, bit by bit, whatever block it is part of (asserted by a test). A single float32
-row, a draft's, promises no such thing and takes the shortest way. Longer blocks (prefill, training)
-and other devices use PyTorch's own kernels.
+oneDNN compiles a product for every shape that it has not met, which costs a growing context
+milliseconds in every pass: a row reads up to a multiple of `STEP` positions, and those behind it
+are masked. That multiple, and with it every sum, depends on the row's position alone: in bfloat16 a
+row's result is the same, bit by bit, whatever block it is part of (asserted by a test). A single
+float32 row, a draft's, promises no such thing and takes the shortest way. Longer blocks (prefill,
+training) and other devices use PyTorch's own kernels.
 
 Registered with transformers as the attention implementation ``"tts"``, so that any architecture
 that lets its attention be chosen runs on it unchanged.
@@ -26,8 +27,9 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 MAX_SHORT_ROWS = 32  # beyond this the scores no longer fit the caches and the fused kernel wins
-STEP = 64  # positions: products are compiled for multiples of it
-SHORT = 2048  # fewer keys take less time than what lies between operations: one is best
+STEP = 64  # positions: kernels are compiled for multiples of it
+SHORT = 1024  # keys up to which halves are not worth their operations
+HALVES = 2
 
 
 def attention(
@@ -95,39 +97,63 @@ def _few_rows(
     batch, heads, rows, head_dim = query.shape
     key_heads, context = key.shape[1], key.shape[2]
     shared = heads // key_heads  # query heads that share a key head
-    edge = (context - 1) // STEP * STEP  # rows that end before it shall read no further
+    step = STEP if context <= SHORT else HALVES * STEP
+    edge = (context - 1) // step * step  # rows that end before it shall read no further
     before = rows - (context - edge)
     if before > 0 and not bidirectional:
         early = key[:, :, :edge], value[:, :, :edge]
         parts = ((query[:, :, :before], *early), (query[:, :, before:], key, value))
         return torch.cat([_few_rows(*part, scaling, bidirectional) for part in parts], 2)
-    width = edge + STEP
-    if _goes_on(key, width) and _goes_on(value, width):
+    width = edge + step
+    whole = _goes_on(key, width) and _goes_on(value, width)
+    if whole:
         key = key.as_strided((batch, key_heads, width, head_dim), key.stride())
         value = value.as_strided((batch, key_heads, width, head_dim), value.stride())
     else:
         width = context
     together = query.reshape(batch, key_heads, shared * rows, head_dim)
-    spare = _spare_rows(shared * rows)
+    spare = _spare_rows(shared * rows, head_dim)
     if spare:
         zeros = query.new_zeros(batch, key_heads, spare, head_dim)
         together = torch.cat([together, zeros], 2)
     mask = _mask_of(rows, shared, spare, context, width, bidirectional, query.dtype)
-    if width <= SHORT and not torch.is_grad_enabled():
-        output = F.scaled_dot_product_attention(together, key, value, mask, scale=scaling)
+    if whole and context > SHORT and batch == 1 and not torch.is_grad_enabled():
+        output = _by_halves(together, key, value, mask, scaling)
     else:
-        # keys are the left operand because that is the one oneDNN streams without repacking
-        scores = torch.bmm(key.flatten(0, 1), (together * scaling).flatten(0, 1).transpose(1, 2))
-        probs = (scores.transpose(1, 2).contiguous() + mask).softmax(-1)
-        output = torch.bmm(probs, value.flatten(0, 1)).view_as(together)
+        output = F.scaled_dot_product_attention(together, key, value, mask, scale=scaling)
     if spare:
         output = output[:, :, :-spare]
     return output.reshape(batch, heads, rows, head_dim)
 
 
-def _spare_rows(rows: int) -> int:
+def _by_halves(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """`[1, key_heads, rows, head_dim]`, from halves of the keys; a row sees some of either."""
+    keys, values = (x[0].unflatten(1, (HALVES, -1)).transpose(0, 1) for x in (key, value))
+    said, log_mass = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query.expand(HALVES, -1, -1, -1),
+        keys,
+        values,
+        attn_mask=mask.unflatten(1, (HALVES, -1)).transpose(0, 1)[:, None],
+        scale=scaling,
+    )
+    return _joined(said, log_mass).to(query.dtype)
+
+
+def _joined(said: torch.Tensor, log_mass: torch.Tensor) -> torch.Tensor:
+    """sum_h o_h exp(m_h) / sum_h exp(m_h), with o_h what half h says and m_h its log mass.
+
+    PyTorch's softmax would round a row by its place among the others.
+    """
+    mass = (log_mass - log_mass.amax(0)).exp()[..., None]
+    return (said * mass).sum(0, keepdim=True) / mass.sum(0)
+
+
+def _spare_rows(rows: int, head_dim: int) -> int:
     """How many to add: kernels take up to 32 at a time, and sum a few in another order."""
-    return 6 - rows % 32 if 0 < rows % 32 < 6 else 0
+    least = 3 if head_dim <= 64 else 6  # the fewest that are summed like many
+    return max(0, least - rows % 32) if rows % 32 else 0
 
 
 def _goes_on(x: torch.Tensor, context: int) -> bool:

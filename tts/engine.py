@@ -34,6 +34,7 @@ from tts.policy import LengthPolicy, RoundOutcome, RoundState, Signals
 from tts.records import RoundRecord, UpdateRecord
 from tts.sampling import (
     AcceptanceRule,
+    Block,
     Coupled,
     Distribution,
     Recorded,
@@ -49,7 +50,10 @@ from tts.stopwatch import Stopwatch
 if TYPE_CHECKING:
     from tts.coordinator import Coordinator, Lesson
 
-ACCEPTANCE = ("greedy", "rejection", "coupled")
+RULES: dict[str, Callable[[int], AcceptanceRule]] = {
+    "rejection": Rejection, "block": Block, "coupled": Coupled
+}  # fmt: skip
+ACCEPTANCE = ("greedy", *RULES)
 MAX_LAG = 128  # committed positions whose overlap may wait for the draft's row
 NOTHING = Proposal([], [], [], [])
 
@@ -102,7 +106,8 @@ class SpeculativeDecoder:
         pair: from `load_pair`.
         policy: chooses gamma in each round (`controllers.make_policy`).
         distill: how the draft learns while it decodes (None: not at all, at no cost).
-        acceptance: ``greedy`` (temperature 0), ``rejection`` or ``coupled``; see `tts.sampling`.
+        acceptance: ``greedy`` (temperature 0), ``rejection``, ``block`` (keeps more of a block) or
+            ``coupled``; see `tts.sampling`.
         draft_window: sliding window over the context of a draft model (None: all of it).
         lookup: copy what followed the last time where the newest tokens match, and let the draft
             do the rest (None: it does all).
@@ -288,7 +293,7 @@ class SpeculativeDecoder:
         acceptance: Callable[[], list[float]] = list
         if on_path:
             common = on_common_ids(p[:on_path], proposal.q[:on_path])
-            acceptance = partial(run.rule.probability, common)
+            acceptance = partial(run.rule.probability, common, drafts[:on_path])
             overlaps += [(session.generated + j, x) for j, x in enumerate(overlap(common))]
         if cut.kept > drafted:
             session.pending.append(p[drafted])
@@ -392,17 +397,20 @@ class SpeculativeDecoder:
         greedy = sampling.temperature == 0
         if self.acceptance == "greedy" and not greedy:
             raise UserError(
-                "acceptance: greedy is for temperature 0: unset do_sample, or use rejection or "
-                "coupled"
+                "acceptance: greedy is for temperature 0: unset do_sample, or use rejection, block "
+                "or coupled"
             )
-        if path is not None:
-            if self.acceptance == "rejection" and not greedy:
-                raise UserError("path: a recorded path needs acceptance coupled, not rejection")
-            if not path:
-                raise UserError("path: it has no tokens: record it again")
-            return Recorded(path, start, Coupled(seed))
         # at temperature 0 every rule keeps a draft that equals the target's best token
-        return Rejection(seed) if self.acceptance == "rejection" and not greedy else Coupled(seed)
+        rule = Coupled if greedy else RULES[self.acceptance]
+        if path is None:
+            return rule(seed)
+        if rule is not Coupled:
+            raise UserError(
+                f"path: a recorded path needs acceptance coupled, not {self.acceptance}"
+            )
+        if not path:
+            raise UserError("path: it has no tokens: record it again")
+        return Recorded(path, start, Coupled(seed))
 
 
 def _settle(session: Session, late: list[Distribution]) -> list[tuple[int, float]]:

@@ -35,9 +35,10 @@ class Signals(NamedTuple):
 class RoundOutcome:
     """What a verified round taught. The label of offset j need not be the accepted bit.
 
-    ``acceptance()[j]`` is the probability, given p and q, that the token at offset j is accepted
-    (`AcceptanceRule.probability`), known for the offsets that lie on the committed path: all
-    accepted ones and the first rejected one. It is computed when asked for: that is policy time.
+    ``acceptance()[j]`` is the probability, given p and q, that the token at offset j is accepted if
+    those before it are (`AcceptanceRule.probability`), known for the offsets that lie on the
+    committed path: all accepted ones and the first rejected one. It is computed when asked for:
+    that is policy time.
     """
 
     state: RoundState

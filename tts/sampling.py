@@ -39,18 +39,22 @@ class Distribution(NamedTuple):
         return np.where(self.ids[place] == ids, self.probs[place], np.float32(0))
 
 
-# what p and q say of the ids that p lists, `[n]` each
-Common = tuple[NDArray[np.float32], NDArray[np.float32]]
+class Common(NamedTuple):
+    """What p and q say of the ids that p lists."""
+
+    ids: NDArray[np.int64]  # [n]
+    p: NDArray[np.float32]  # [n]
+    q: NDArray[np.float32]  # [n]
 
 
 def on_common_ids(p: Iterable[Distribution], q: Iterable[Distribution]) -> list[Common]:
     """What p and q say of the ids that p lists, row by row."""
-    return [(mine.probs, other.over(mine.ids)) for mine, other in zip(p, q, strict=True)]
+    return [Common(*mine, other.over(mine.ids)) for mine, other in zip(p, q, strict=True)]
 
 
 def overlap(common: Sequence[Common]) -> list[float]:
     """sum_x min(p(x), q(x)) of each row: the acceptance probability under `rejection`."""
-    return [float(np.minimum(p, q).sum()) for p, q in common]
+    return [float(np.minimum(p, q).sum()) for _, p, q in common]
 
 
 def match_probability(common: Sequence[Common]) -> list[float]:
@@ -61,7 +65,7 @@ def match_probability(common: Sequence[Common]) -> list[float]:
     so two running sums do for all x: it is p q / (p-mass up to x * q + q-mass after x * p).
     """
     return [_match(p.tolist(), q.tolist()) if len(p) <= FEW else _match_many(p, q)
-            for p, q in common]  # fmt: skip
+            for _, p, q in common]  # fmt: skip
 
 
 def _match_many(p: NDArray[Any], q: NDArray[Any]) -> float:
@@ -223,16 +227,21 @@ class AcceptanceRule(Protocol):
         """
         ...
 
-    def probability(self, common: Sequence[Common]) -> list[float]:
-        """That a token drawn from each row of q is accepted; see `on_common_ids`."""
+    def probability(self, common: Sequence[Common], drafts: Sequence[int]) -> list[float]:
+        """That a token drawn from each row of q is kept, given that those before it are.
+
+        Args:
+            common: p and q, see `on_common_ids`.
+            drafts: the tokens that were drawn.
+        """
         ...
 
 
 class Rejection:
     """Accept with min(1, p/q), else draw from (p - q)+ (Leviathan et al. 2023).
 
-    The highest acceptance there is; the random numbers come from one generator, so the text depends
-    on draft and lengths, its law does not.
+    The random numbers come from one generator, so the text depends on draft and lengths, its law
+    does not.
     """
 
     def __init__(self, seed: int) -> None:
@@ -250,7 +259,7 @@ class Rejection:
                 return Verdict(j, self._choose(p[j].ids, residual))
         return Verdict(len(drafts), self._choose(*p[-1]))
 
-    def probability(self, common: Sequence[Common]) -> list[float]:
+    def probability(self, common: Sequence[Common], drafts: Sequence[int]) -> list[float]:
         return overlap(common)
 
     def _choose(self, ids: NDArray[np.int64], weights: NDArray[np.float32]) -> int:
@@ -258,6 +267,51 @@ class Rejection:
         point = self._random.random() * cumulative[-1]
         # side="right": a point of exactly zero must not fall on an id of zero weight
         return int(ids[np.searchsorted(cumulative, point, side="right")])
+
+
+class Block(Rejection):
+    """Verify the block as a whole (Sun et al. 2024): the highest acceptance there is.
+
+    A token that the target likes more than the draft does makes up for one before it. With r_0 = 1
+    and r_i = min(1, r_(i-1) p(x_i) / q(x_i)), at least i of the drafts are kept with probability
+    r_i; token by token it would be the product of every min(1, p/q). From the last draft backward,
+    exactly i are kept with probability
+
+        r_i at the block's end,   m / (m + 1 - r_i) before it,   m = sum_x (r_i p(x) - q(x))+
+
+    and the token after them is drawn from p, or from (r_i p - q)+. Where a block ends may depend on
+    all of its tokens, as under `Rejection`.
+    """
+
+    def judge(
+        self, p: list[Distribution], q: list[Distribution], drafts: list[int], first: int
+    ) -> Verdict:
+        common = on_common_ids(p[:-1], q)
+        *reach, whole = _reach(common, drafts)
+        if self._random.random() < whole:
+            return Verdict(len(drafts), self._choose(*p[-1]))
+        for j, kept in reversed(list(enumerate(reach))):
+            left = (kept * common[j].p - common[j].q).clip(min=0)
+            mass = float(left.sum())
+            if j == 0 or self._random.random() * (mass + 1 - kept) < mass:
+                break
+        # nothing is left where q is p but for rounding
+        return Verdict(j, self._choose(common[j].ids, left if mass else common[j].p))
+
+    def probability(self, common: Sequence[Common], drafts: Sequence[int]) -> list[float]:
+        reach = _reach(common, drafts)[:-1]
+        rows = zip(reach, common, strict=True)
+        return [float(np.minimum(row.p, row.q / kept).sum()) for kept, row in rows]
+
+
+def _reach(common: Sequence[Common], drafts: Sequence[int]) -> list[float]:
+    """r_0, r_1, ... of `Block`, one more than there are ``drafts``."""
+    reach = [1.0]
+    for (ids, p, q), token in zip(common, drafts, strict=True):
+        here = ids == token
+        ratio = float(p[here].sum() / q[here].sum()) if here.any() else 0.0
+        reach.append(min(1.0, reach[-1] * ratio))
+    return reach
 
 
 class Coupled:
@@ -283,7 +337,7 @@ class Coupled:
         accepted = _common_prefix(drafts, choices)
         return Verdict(accepted, choices[accepted])
 
-    def probability(self, common: Sequence[Common]) -> list[float]:
+    def probability(self, common: Sequence[Common], drafts: Sequence[int]) -> list[float]:
         return match_probability(common)
 
     def choices(self, p: list[Distribution], first: int) -> list[int]:
@@ -318,8 +372,8 @@ class Recorded:
         mismatches = sum(a != b for a, b in zip(own, path, strict=False))
         return Verdict(accepted, path[accepted], mismatches)
 
-    def probability(self, common: Sequence[Common]) -> list[float]:
-        return self._rule.probability(common)
+    def probability(self, common: Sequence[Common], drafts: Sequence[int]) -> list[float]:
+        return self._rule.probability(common, drafts)
 
 
 def _common_prefix(drafts: list[int], tokens: list[int]) -> int:
