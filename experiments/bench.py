@@ -30,6 +30,7 @@ from tts.engine import SpeculativeDecoder
 from tts.errors import UserError
 from tts.models import ModelPair
 from tts.policy import LengthPolicy
+from tts.sampling import check_acceptance
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Bench(ModelOptions, TextOptions):
         gammas: our fixed lengths; 0 is the target alone.
         lengths: transformers' constant lengths.
         window: sliding window over the draft's context.
+        acceptance: of our arms; all but coupled write text of their own.
         learners: also time the gamma MLP, the draft that learns, and the one that remembers.
         learning_gamma: fixed length of one more arm whose draft learns (0: none).
         distill: how the draft learns.
@@ -58,6 +60,7 @@ class Bench(ModelOptions, TextOptions):
     gammas: tuple[int, ...] = (0, 1, 2, 3, 4)
     lengths: tuple[int, ...] = (1, 2, 3, 4)
     window: int = WINDOW
+    acceptance: str = "block"
     learners: bool = True
     learning_gamma: int = 0
     distill: DistillConfig = field(default_factory=DistillConfig)
@@ -72,6 +75,7 @@ class Bench(ModelOptions, TextOptions):
             raise UserError("segments, segment_tokens: use at least 1 and 2")
         for gamma in (*self.gammas, *self.lengths):
             make_policy("fixed", gamma=gamma)
+        check_acceptance(self.acceptance)
 
 
 class Clock:
@@ -148,7 +152,7 @@ def _arms(config: Bench, pair: ModelPair) -> dict[str, Arm]:
     arms: dict[str, Arm] = {}
 
     def add(name: str, policy: LengthPolicy, **settings: Any) -> None:
-        arms[f"ours, gamma {name}"] = _ours(pair, config.window, policy, **settings)
+        arms[f"ours, gamma {name}"] = _ours(config, pair, policy, **settings)
 
     for gamma in config.gammas:
         add(str(gamma), make_policy("fixed", gamma=gamma))
@@ -173,8 +177,14 @@ def _arms(config: Bench, pair: ModelPair) -> dict[str, Arm]:
     return arms | peers(config, pair.target, config.lengths) if config.peers else arms
 
 
-def _ours(pair: ModelPair, window: int, policy: LengthPolicy, **settings: Any) -> Arm:
-    decoder = SpeculativeDecoder(pair, policy=policy, draft_window=window, **settings)
+def _ours(config: Bench, pair: ModelPair, policy: LengthPolicy, **settings: Any) -> Arm:
+    decoder = SpeculativeDecoder(
+        pair,
+        policy=policy,
+        acceptance=config.acceptance,
+        draft_window=config.window,
+        **settings,
+    )
 
     def arm(prompt: torch.Tensor, config: GenerationConfig, seed: int, clock: Clock) -> None:
         decoder.generate(prompt, generation_config=config, seed=seed, streamer=clock)

@@ -8,9 +8,9 @@ from transformers import GenerationConfig
 from controllers import WEIGHTS, make_policy
 from tts.distill.config import DistillConfig
 from tts.drafting import Memory, PromptLookup
-from tts.engine import ACCEPTANCE
 from tts.errors import UserError
 from tts.models import ModelPair, load_pair
+from tts.sampling import check_acceptance
 from tts.settings import Sampling
 
 WINDOW = 256  # newest positions that a draft reads: best for those that ship
@@ -130,10 +130,7 @@ class SpeculationOptions:
     weights: str = ""
 
     def __post_init__(self) -> None:
-        if self.acceptance not in ACCEPTANCE:
-            raise UserError(
-                f"acceptance: {self.acceptance!r} is not one of {', '.join(ACCEPTANCE)}"
-            )
+        check_acceptance(self.acceptance)
         make_policy(self.policy, gamma=self.gamma, cap=self.cap, weights=self.weights_folder)
         PromptLookup(shortest=self.lookup)  # refuses what is no length
         if self.window < 1:

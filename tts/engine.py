@@ -33,13 +33,13 @@ from tts.models import ModelPair
 from tts.policy import LengthPolicy, RoundOutcome, RoundState, Signals
 from tts.records import RoundRecord, UpdateRecord
 from tts.sampling import (
+    RULES,
     AcceptanceRule,
-    Block,
     Coupled,
     Distribution,
     Recorded,
-    Rejection,
     Warper,
+    check_acceptance,
     on_common_ids,
     overlap,
 )
@@ -50,10 +50,6 @@ from tts.stopwatch import Stopwatch
 if TYPE_CHECKING:
     from tts.coordinator import Coordinator, Lesson
 
-RULES: dict[str, Callable[[int], AcceptanceRule]] = {
-    "rejection": Rejection, "block": Block, "coupled": Coupled
-}  # fmt: skip
-ACCEPTANCE = ("greedy", *RULES)
 MAX_LAG = 128  # committed positions whose overlap may wait for the draft's row
 NOTHING = Proposal([], [], [], [])
 
@@ -130,8 +126,7 @@ class SpeculativeDecoder:
         lookup: PromptLookup | None = None,
         memory: Memory | None = None,
     ) -> None:
-        if acceptance not in ACCEPTANCE:
-            raise UserError(f"acceptance: {acceptance!r} is not one of {', '.join(ACCEPTANCE)}")
+        check_acceptance(acceptance)
         if draft_window is not None and draft_window < 1:
             raise UserError(f"draft_window: {draft_window} sees nothing: use at least 1, or none")
         self.pair, self.policy, self.acceptance = pair, policy, acceptance

@@ -6,13 +6,14 @@ host; the acceptance rules are lossless for whatever the draft proposes, given t
 token was really drawn from.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tts.errors import UserError
 from tts.settings import Sampling
 
 # when truncating, the ids above the first of these probabilities are sorted; nearly always all that
@@ -374,6 +375,19 @@ class Recorded:
 
     def probability(self, common: Sequence[Common], drafts: Sequence[int]) -> list[float]:
         return self._rule.probability(common, drafts)
+
+
+# by the name that is asked for; "greedy" is what all of them are at temperature 0
+RULES: dict[str, Callable[[int], AcceptanceRule]] = {
+    "rejection": Rejection, "block": Block, "coupled": Coupled
+}  # fmt: skip
+ACCEPTANCE = ("greedy", *RULES)
+
+
+def check_acceptance(name: str) -> None:
+    """Raise UserError for an unknown rule."""
+    if name not in ACCEPTANCE:
+        raise UserError(f"acceptance: {name!r} is not one of {', '.join(ACCEPTANCE)}")
 
 
 def _common_prefix(drafts: list[int], tokens: list[int]) -> int:
