@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers.cache_utils import LinearAttentionAndFullAttentionLayer
 
 from tests import tiny
-from tts.attention import STEP
+from tts.attention import whole_steps
 from tts.cache import BLOCK, RollbackCache, RollbackLayer, _rollback
 from tts.cached_model import CHUNK, CachedModel
 from tts.errors import UserError
@@ -63,7 +63,7 @@ def test_there_is_room_up_to_the_next_step_of_attention(length):
         keys, _ = layer.update(*torch.zeros(2, 1, 1, size, 8))
     room = keys.untyped_storage().nbytes() // (8 * keys.element_size())
     assert keys.shape[2] == length
-    assert room >= -(-length // STEP) * STEP
+    assert room >= whole_steps(length)
 
 
 def test_a_window_hides_older_positions_from_every_row_of_a_block():

@@ -83,8 +83,12 @@ def attention(
 
 
 def whole_steps(positions: int) -> int:
-    """The least multiple of `STEP` that holds so many."""
-    return -(-positions // STEP) * STEP
+    """How far the last of so many positions reads: up to a multiple of its step."""
+    return -(-positions // _step(positions)) * _step(positions)
+
+
+def _step(positions: int) -> int:
+    return STEP if positions <= SHORT else HALVES * STEP
 
 
 def _few_rows(
@@ -97,16 +101,15 @@ def _few_rows(
     batch, heads, rows, head_dim = query.shape
     key_heads, context = key.shape[1], key.shape[2]
     shared = heads // key_heads  # query heads that share a key head
-    step = STEP if context <= SHORT else HALVES * STEP
-    edge = (context - 1) // step * step  # rows that end before it shall read no further
+    width = whole_steps(context)
+    edge = width - _step(context)  # rows that end before it shall read no further
     before = rows - (context - edge)
     if before > 0 and not bidirectional:
         early = key[:, :, :edge], value[:, :, :edge]
         parts = ((query[:, :, :before], *early), (query[:, :, before:], key, value))
         return torch.cat([_few_rows(*part, scaling, bidirectional) for part in parts], 2)
-    width = edge + step
-    whole = _goes_on(key, width) and _goes_on(value, width)
-    if whole:
+    goes_on = _goes_on(key, width) and _goes_on(value, width)
+    if goes_on:
         key = key.as_strided((batch, key_heads, width, head_dim), key.stride())
         value = value.as_strided((batch, key_heads, width, head_dim), value.stride())
     else:
@@ -117,7 +120,7 @@ def _few_rows(
         zeros = query.new_zeros(batch, key_heads, spare, head_dim)
         together = torch.cat([together, zeros], 2)
     mask = _mask_of(rows, shared, spare, context, width, bidirectional, query.dtype)
-    if whole and context > SHORT and batch == 1 and not torch.is_grad_enabled():
+    if goes_on and context > SHORT and batch == 1 and not torch.is_grad_enabled():
         output = _by_halves(together, key, value, mask, scaling)
     else:
         output = F.scaled_dot_product_attention(together, key, value, mask, scale=scaling)
