@@ -23,6 +23,7 @@ from experiments.peers import Arm, peers
 from experiments.report import number
 from experiments.results import Results
 from experiments.workload import PathFile
+from tts.acceptance import check_acceptance
 from tts.chat import ChatFormat
 from tts.distill.config import DistillConfig
 from tts.drafting import Memory, PromptLookup
@@ -30,7 +31,6 @@ from tts.engine import SpeculativeDecoder
 from tts.errors import UserError
 from tts.models import ModelPair
 from tts.policy import LengthPolicy
-from tts.sampling import check_acceptance
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from pathlib import Path
 from transformers import GenerationConfig
 
 from controllers import WEIGHTS, make_policy
+from tts.acceptance import check_acceptance
 from tts.distill.config import DistillConfig
 from tts.drafting import Memory, PromptLookup
 from tts.errors import UserError
 from tts.models import ModelPair, load_pair
-from tts.sampling import check_acceptance
 from tts.settings import Sampling
 
 WINDOW = 256  # newest positions that a draft reads: best for those that ship

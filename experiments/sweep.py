@@ -20,6 +20,7 @@ from experiments.curves import interval
 from experiments.options import ModelOptions
 from experiments.report import number
 from experiments.workload import PathFile, RecordedDialogue
+from tts.acceptance import on_common_ids, overlap
 from tts.cached_model import CHUNK, CachedModel
 from tts.chat import ChatFormat
 from tts.coordinator import Coordinator
@@ -29,7 +30,7 @@ from tts.drafting.protocol import TrainableDrafter
 from tts.errors import UserError
 from tts.evidence import Rows
 from tts.models import ModelPair
-from tts.sampling import Distribution, Warper, on_common_ids, overlap
+from tts.sampling import Distribution, Warper
 from tts.settings import Sampling
 
 REMEMBERS = "memory."  # what a field of the memory begins with

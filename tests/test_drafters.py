@@ -7,10 +7,10 @@ from controllers import make_policy
 from tests.heads import PAIRS
 from tests.test_engine import PROMPT, decode, greedy, sampled
 from tests.test_laws import ALPHA, VOCAB, honest, learning, p_value
+from tts.acceptance import Coupled, Verdict
 from tts.distill.config import DistillConfig
 from tts.engine import SpeculativeDecoder
 from tts.errors import UserError
-from tts.sampling import Coupled, Verdict
 
 EAGER = DistillConfig(stride=1, window=8, rank=4, learning_rate=0.01, max_update_share=1.0)
 

@@ -10,12 +10,13 @@ from scipy.stats import chisquare
 from transformers import GenerationConfig
 
 from tests import tiny
+from tts.acceptance import Block, Rejection, _reach
 from tts.distill.config import DistillConfig
 from tts.drafting.autoregressive import AutoregressiveDrafter
 from tts.drafting.protocol import Proposal
 from tts.engine import SpeculativeDecoder
 from tts.policy import RoundOutcome
-from tts.sampling import Block, Distribution, Rejection, Warper, _reach
+from tts.sampling import Distribution, Warper
 from tts.settings import resolve
 
 VOCAB, LENGTH = 8, 3
@@ -219,7 +220,7 @@ class EveryTokenForItself(Block):
 
     def judge(self, p, q, drafts, first):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("tts.sampling._reach", self._alone)
+            patch.setattr("tts.acceptance._reach", self._alone)
             return super().judge(p, q, drafts, first)
 
     def _alone(self, common, drafts):
@@ -232,7 +233,7 @@ class KeepsASurplus(Block):
 
     def judge(self, p, q, drafts, first):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("tts.sampling.min", lambda one, ratio: ratio, raising=False)
+            patch.setattr("tts.acceptance.min", lambda one, ratio: ratio, raising=False)
             return super().judge(p, q, drafts, first)
 
 

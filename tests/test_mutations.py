@@ -20,6 +20,7 @@ from tests import (
 from tests.heads import PAIRS
 from tests.test_kernels import exact_blocks
 from tests.test_laws import flattened
+from tts.acceptance import Coupled
 from tts.cache import RollbackCache, RollbackLayer
 from tts.cached_model import CachedModel
 from tts.cached_model import Rows as DraftRows
@@ -33,7 +34,7 @@ from tts.drafting.features import FeatureDrafter
 from tts.drafting.memory import Recall
 from tts.drafting.prompt_lookup import PromptLookupDrafter
 from tts.evidence import Evidence
-from tts.sampling import Coupled, Warper
+from tts.sampling import Warper
 from tts.stopping import Cut, Stopping
 
 

@@ -7,12 +7,13 @@ from controllers import make_policy
 from tests import tiny
 from tests.test_engine import PROMPT, decode, greedy, sampled
 from tests.test_laws import ALPHA, VOCAB, honest, p_value
+from tts.acceptance import Coupled
 from tts.drafting import make_drafter
 from tts.drafting.pard import PardDrafter
 from tts.engine import SpeculativeDecoder
 from tts.errors import UserError
 from tts.models import ModelPair, load_pair
-from tts.sampling import Coupled, Warper
+from tts.sampling import Warper
 from tts.settings import Sampling
 
 MASK = 63

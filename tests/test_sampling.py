@@ -10,20 +10,19 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig
 
 from tests import tiny
-from tts.sampling import (
+from tts.acceptance import (
     FEW,
     Block,
     Common,
     Coupled,
-    Distribution,
     Recorded,
     Rejection,
-    Warper,
     exponential_noise,
     match_probability,
     on_common_ids,
     overlap,
 )
+from tts.sampling import Distribution, Warper
 from tts.settings import Sampling, resolve
 
 SETTINGS = [

@@ -21,6 +21,15 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from tts.acceptance import (
+    RULES,
+    AcceptanceRule,
+    Coupled,
+    Recorded,
+    check_acceptance,
+    on_common_ids,
+    overlap,
+)
 from tts.cached_model import CachedModel, Rows
 from tts.custom_generate import check_handover, own_criteria
 from tts.distill.config import DistillConfig
@@ -32,17 +41,7 @@ from tts.metrics import Summary, summarise
 from tts.models import ModelPair
 from tts.policy import LengthPolicy, RoundOutcome, RoundState, Signals
 from tts.records import RoundRecord, UpdateRecord
-from tts.sampling import (
-    RULES,
-    AcceptanceRule,
-    Coupled,
-    Distribution,
-    Recorded,
-    Warper,
-    check_acceptance,
-    on_common_ids,
-    overlap,
-)
+from tts.sampling import Distribution, Warper
 from tts.settings import Sampling, resolve
 from tts.stopping import Stopping
 from tts.stopwatch import Stopwatch
@@ -103,7 +102,7 @@ class SpeculativeDecoder:
         policy: chooses gamma in each round (`controllers.make_policy`).
         distill: how the draft learns while it decodes (None: not at all, at no cost).
         acceptance: ``greedy`` (temperature 0), ``rejection``, ``block`` (keeps more of a block) or
-            ``coupled``; see `tts.sampling`.
+            ``coupled``; see `tts.acceptance`.
         draft_window: sliding window over the context of a draft model (None: all of it).
         lookup: copy what followed the last time where the newest tokens match, and let the draft
             do the rest (None: it does all).
@@ -168,7 +167,7 @@ class SpeculativeDecoder:
             seed: of the acceptance rule. Under ``coupled`` the text is a function of it alone.
             streamer: gets the prompt, then each round's tokens.
             stopping_criteria: asked once a token, without scores.
-            path: commit these tokens instead (see `tts.sampling.Recorded`); ``coupled`` or greedy.
+            path: commit these tokens instead (`tts.acceptance.Recorded`); ``coupled`` or greedy.
             session: from `session`, to continue with warm caches.
             on_round: called after every round with its record.
 
