@@ -7,7 +7,8 @@ from torch import nn
 from transformers import LlamaModel
 
 from tests import tiny
-from tts.attention import HALVES, MAX_SHORT_ROWS, SHORT, STEP, _by_halves, attention
+from tts import attention as attention_module
+from tts.attention import MAX_SHORT_ROWS, SHORT, STEP, _by_halves, attention
 from tts.cached_model import CachedModel
 from tts.lean import join_low_rank, separate
 from tts.llama import straighten
@@ -46,7 +47,7 @@ def test_attention_equals_a_masked_softmax(rows, context, heads, batch):
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("context", [SHORT - 1, SHORT + 1, SHORT + HALVES * STEP])
+@pytest.mark.parametrize("context", [SHORT - 1, SHORT + 1, SHORT + STEP])
 @pytest.mark.parametrize("batch", [1, 2])
 @torch.inference_mode()
 def test_attention_does_not_see_what_its_buffer_holds_behind_the_context(
@@ -54,7 +55,7 @@ def test_attention_does_not_see_what_its_buffer_holds_behind_the_context(
 ):
     torch.manual_seed(0)
     query = torch.randn(batch, 6, rows, 16)
-    keys, values = torch.randn(2, batch, 2, SHORT + HALVES * STEP + 1, 16)
+    keys, values = torch.randn(2, batch, 2, SHORT + STEP + 1, 16)
     seen = [x[:, :, :context] for x in (keys, values)]
     before, _ = attention(nn.Identity(), query, *seen, None, bidirectional=bidirectional)
     for x in (keys, values):
@@ -67,16 +68,16 @@ def test_attention_does_not_see_what_its_buffer_holds_behind_the_context(
 
 
 def test_a_growing_context_brings_few_shapes_to_the_kernels(monkeypatch):
-    shapes, width = set(), HALVES * STEP
+    shapes = set()
 
     def noting(query, key, *args):
         shapes.add((query.shape, key.shape))
         return _by_halves(query, key, *args)
 
     monkeypatch.setattr("tts.attention._by_halves", noting)
-    keys = torch.randn(1, 2, SHORT + 4 * width, 16)
+    keys = torch.randn(1, 2, SHORT + 4 * STEP, 16)
     with torch.inference_mode():
-        for context in range(SHORT + width + 1, SHORT + 3 * width + 1):
+        for context in range(SHORT + STEP + 1, SHORT + 3 * STEP + 1):
             seen = keys[:, :, :context]
             attention(nn.Identity(), torch.randn(1, 6, 4, 16), seen, seen, None)
     # four rows, and one, two or three where a block lies across an edge
@@ -117,6 +118,17 @@ def test_a_row_of_attention_is_the_same_in_every_block(heads, first, head_dim):
     for size in (2, 3, 5, 9, 11, 12, 21, 22, 32):
         assert torch.equal(rows(0, size), alone[:, :size]), size
         assert torch.equal(rows(32 - size, 32), alone[:, -size:]), size
+
+
+def test_halves_of_a_row_are_joined_alike_in_every_company():
+    torch.manual_seed(0)
+    said, log_mass = torch.randn(2, 3, 96, 8), 3 * torch.randn(2, 3, 96)
+    whole = attention_module._joined(said, log_mass)
+    alone = [
+        attention_module._joined(said[:, :, row : row + 1], log_mass[:, :, row : row + 1])
+        for row in range(96)
+    ]
+    assert torch.equal(whole, torch.cat(alone, 2))
 
 
 @packs

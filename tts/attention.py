@@ -7,12 +7,11 @@ one fused attention, so each key and value is read once, where it lies. Long con
 halves, as if there were twice as many key heads: three of them keep two cores busy three quarters
 of the time, six all of it. What the halves say is put together by their mass.
 
-oneDNN compiles a product for every shape that it has not met, which costs a growing context
-milliseconds in every pass: a row reads up to a multiple of `STEP` positions, and those behind it
-are masked. That multiple, and with it every sum, depends on the row's position alone: in bfloat16 a
-row's result is the same, bit by bit, whatever block it is part of (asserted by a test). A single
-float32 row, a draft's, promises no such thing and takes the shortest way. Longer blocks (prefill,
-training) and other devices use PyTorch's own kernels.
+A row reads up to a multiple of `STEP` positions, and those behind it are masked. That multiple, and
+with it every sum, depends on the row's position alone: in bfloat16 a row's result is the same, bit
+by bit, whatever block it is part of (asserted by a test). A single float32 row, a draft's, promises
+no such thing and takes the shortest way. Longer blocks (prefill, training) and other devices use
+PyTorch's own kernels.
 
 Registered with transformers as the attention implementation ``"tts"``, so that any architecture
 that lets its attention be chosen runs on it unchanged.
@@ -27,9 +26,9 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 MAX_SHORT_ROWS = 32  # beyond this the scores no longer fit the caches and the fused kernel wins
-STEP = 64  # positions: kernels are compiled for multiples of it
+STEP = 64  # positions, see above
 SHORT = 1024  # keys up to which halves are not worth their operations
-HALVES = 2
+HALVES = 2  # of the keys; divides `STEP`
 
 
 def attention(
@@ -83,12 +82,8 @@ def attention(
 
 
 def whole_steps(positions: int) -> int:
-    """How far the last of so many positions reads: up to a multiple of its step."""
-    return -(-positions // _step(positions)) * _step(positions)
-
-
-def _step(positions: int) -> int:
-    return STEP if positions <= SHORT else HALVES * STEP
+    """The least multiple of `STEP` that holds so many."""
+    return -(-positions // STEP) * STEP
 
 
 def _few_rows(
@@ -102,7 +97,7 @@ def _few_rows(
     key_heads, context = key.shape[1], key.shape[2]
     shared = heads // key_heads  # query heads that share a key head
     width = whole_steps(context)
-    edge = width - _step(context)  # rows that end before it shall read no further
+    edge = width - STEP  # rows that end before it shall read no further
     before = rows - (context - edge)
     if before > 0 and not bidirectional:
         early = key[:, :, :edge], value[:, :, :edge]

@@ -31,8 +31,8 @@ class RollbackLayer(CacheLayerMixin):
     Args:
         window: if given, a position sees only the newest ``window`` keys, itself included. All keys
             are kept, so a rollback can bring older ones back into the window.
-        block: positions added when the buffers are full; such that there is always room for
-            `tts.attention.whole_steps` of those that are held.
+        block: positions added when the buffers are full; a multiple of `tts.attention.STEP`, so
+            that there is always room up to the next multiple of it.
     """
 
     is_croppable = True
