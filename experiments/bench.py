@@ -152,7 +152,8 @@ def _arms(config: Bench, pair: ModelPair) -> dict[str, Arm]:
     arms: dict[str, Arm] = {}
 
     def add(name: str, policy: LengthPolicy, **settings: Any) -> None:
-        arms[f"ours, gamma {name}"] = _ours(config, pair, policy, **settings)
+        common = {"acceptance": config.acceptance, "draft_window": config.window}
+        arms[f"ours, gamma {name}"] = _ours(pair, policy=policy, **common, **settings)
 
     for gamma in config.gammas:
         add(str(gamma), make_policy("fixed", gamma=gamma))
@@ -177,14 +178,8 @@ def _arms(config: Bench, pair: ModelPair) -> dict[str, Arm]:
     return arms | peers(config, pair.target, config.lengths) if config.peers else arms
 
 
-def _ours(config: Bench, pair: ModelPair, policy: LengthPolicy, **settings: Any) -> Arm:
-    decoder = SpeculativeDecoder(
-        pair,
-        policy=policy,
-        acceptance=config.acceptance,
-        draft_window=config.window,
-        **settings,
-    )
+def _ours(pair: ModelPair, **settings: Any) -> Arm:
+    decoder = SpeculativeDecoder(pair, **settings)
 
     def arm(prompt: torch.Tensor, config: GenerationConfig, seed: int, clock: Clock) -> None:
         decoder.generate(prompt, generation_config=config, seed=seed, streamer=clock)

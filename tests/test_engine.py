@@ -173,11 +173,27 @@ def test_generation_ends_at_the_budget_and_at_the_context():
     assert result.finish_reason == "length"
 
 
-def test_same_seed_same_text_under_rejection():
+@pytest.mark.parametrize("rule", ["rejection", "block"])
+def test_same_seed_same_text_under_rules_of_chance(rule):
     pair = tiny.pair()
-    texts = [decode(pair, 3, sampled(), "rejection", seed=4).tokens for _ in range(2)]
+    texts = [decode(pair, 3, sampled(), rule, seed=4).tokens for _ in range(2)]
     assert texts[0] == texts[1]
-    assert texts[0] != decode(pair, 3, sampled(), "rejection", seed=5).tokens
+    assert texts[0] != decode(pair, 3, sampled(), rule, seed=5).tokens
+
+
+@pytest.mark.parametrize("rule", ["rejection", "block", "coupled"])
+def test_every_draft_on_the_path_has_a_label(rule):
+    outcomes = []
+    policy = make_policy("fixed", gamma=3)
+    policy.observe = outcomes.append
+    decoder = SpeculativeDecoder(tiny.pair(noise=0.2), policy=policy, acceptance=rule)
+    for seed in range(4):
+        decoder.generate(PROMPT, generation_config=sampled(), seed=seed)
+    for outcome in outcomes:
+        labels = outcome.acceptance()
+        assert len(labels) == min(outcome.num_accepted + 1, outcome.num_drafted)
+        assert all(0 <= label <= 1 + 1e-6 for label in labels)
+    assert {outcome.num_accepted for outcome in outcomes} == {0, 1, 2, 3}
 
 
 def test_streamer_gets_the_prompt_and_every_token_once():

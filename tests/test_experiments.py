@@ -17,6 +17,7 @@ from experiments.options import SpeculationOptions
 from experiments.workload import FOLDER, PathFile
 from tests import tiny
 from tests.test_engine import PROMPT, decode, greedy
+from tts.acceptance import Block
 from tts.drafting import make_drafter
 from tts.errors import UserError
 from tts.metrics import distinct_4, distinct_4_windows, summarise
@@ -212,8 +213,9 @@ def test_an_interruption_keeps_what_was_measured_and_exits_with_130(tts, tmp_pat
     assert (folder / "acceptance_vs_position.png").is_file()
 
 
-def test_bench_times_ours_and_transformers_own(tts, tmp_path):
-    path = tmp_path / "path.json"
+def test_bench_times_ours_and_transformers_own(tts, tmp_path, monkeypatch):
+    path, judged, judge = tmp_path / "path.json", [], Block.judge
+    monkeypatch.setattr(Block, "judge", lambda *args: judged.append(1) or judge(*args))
     tts("record", f"--out={path}")
     code, out, _ = tts(
         "bench", f"--path={path}", "--segments=2", "--segment-tokens=12", "--gammas=[0,2]",
@@ -231,6 +233,10 @@ def test_bench_times_ours_and_transformers_own(tts, tmp_path):
         "transformers, assisted, heuristic", "transformers, prompt lookup",
     }  # fmt: skip
     assert all(value > 0 for value in medians.values())
+    assert judged
+    code, _, err = tts("bench", f"--path={path}", "--acceptance=maybe")
+    assert code != 0
+    assert "acceptance: 'maybe'" in err
 
 
 def test_profile_prints_costs_beside_the_floor(tts):

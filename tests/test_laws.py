@@ -3,13 +3,13 @@
 from itertools import product
 from math import prod
 
-import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
 from transformers import GenerationConfig
 
 from tests import tiny
+from tests.test_sampling import listed
 from tts.acceptance import Block, Rejection, _reach
 from tts.distill.config import DistillConfig
 from tts.drafting.autoregressive import AutoregressiveDrafter
@@ -114,10 +114,6 @@ class DropsUnsure(AutoregressiveDrafter):
         )
 
 
-def listed(probs):
-    return Distribution(np.arange(len(probs)), np.array(probs, np.float32))
-
-
 def flattened(q):
     changed = q.probs**0.5
     return Distribution(q.ids, changed / changed.sum())
@@ -178,8 +174,11 @@ def test_the_law_test_finds_a_planted_error(drafter, samples):
 
 
 # what a target (p) and a draft (q) of three tokens say, by position: a token too many, or too few
-P = [listed(row) for row in ([0.4, 0.6, 0.0], [0.6, 0.4, 0.0], [0.2, 0.3, 0.5], [1.0, 0.0, 0.0])]
-Q = [listed(row) for row in ([0.8, 0.2, 0.0], [0.35, 0.1, 0.55], [0.5, 0.2, 0.3])]
+P = [
+    listed(range(3), row)
+    for row in ([0.4, 0.6, 0.0], [0.6, 0.4, 0.0], [0.2, 0.3, 0.5], [1.0, 0.0, 0.0])
+]
+Q = [listed(range(3), row) for row in ([0.8, 0.2, 0.0], [0.35, 0.1, 0.55], [0.5, 0.2, 0.3])]
 
 
 def p_value_of_tables(rule, samples):

@@ -1,6 +1,7 @@
 """Warping equals transformers' own processors; the acceptance rules and the noise keep promises."""
 
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -206,6 +207,15 @@ def test_rejection_accepts_with_min_one_p_over_q_and_redraws_the_rest():
     assert {v.token for v in kept} == {2}
     assert {v.token for v in verdicts if v.num_accepted == 0} == {1}
     assert all(Rejection(s).judge(p, q, [1], 5).num_accepted == 1 for s in range(50))
+
+
+@pytest.mark.parametrize("rule", [Rejection, Block])
+def test_a_draft_that_is_the_target_but_for_rounding_may_be_rejected(rule):
+    """Once in ten million times; nothing is left of p then."""
+    p, q = listed([3, 4], [0.5, np.float32(0.5) - np.float32(2**-25)]), listed([3, 4], [0.5, 0.5])
+    made = rule(0)
+    made._random = SimpleNamespace(random=lambda: 1 - 2**-53)
+    assert made.judge([p, p], [q], [4], 5) == (0, 4, 0)
 
 
 def test_a_likely_token_makes_up_for_an_unlikely_one_before_it():

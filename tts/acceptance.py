@@ -123,11 +123,15 @@ class Rejection:
         for j, token in enumerate(drafts):
             if self._random.random() >= p[j].of(token) / q[j].of(token):
                 residual = (p[j].probs - q[j].over(p[j].ids)).clip(min=0)
-                return Verdict(j, self._choose(p[j].ids, residual))
+                return Verdict(j, self._rest(p[j], residual))
         return Verdict(len(drafts), self._choose(*p[-1]))
 
     def probability(self, common: Sequence[Common], drafts: Sequence[int]) -> list[float]:
         return overlap(common)
+
+    def _rest(self, p: Distribution, left: NDArray[np.float32]) -> int:
+        """A token by what is ``left`` of ``p``; nothing is where q is p but for rounding."""
+        return self._choose(p.ids, left if left.any() else p.probs)
 
     def _choose(self, ids: NDArray[np.int64], weights: NDArray[np.float32]) -> int:
         cumulative = weights.cumsum(dtype=float)
@@ -162,8 +166,7 @@ class Block(Rejection):
             mass = float(left.sum())
             if j == 0 or self._random.random() * (mass + 1 - kept) < mass:
                 break
-        # nothing is left where q is p but for rounding
-        return Verdict(j, self._choose(common[j].ids, left if mass else common[j].p))
+        return Verdict(j, self._rest(p[j], left))
 
     def probability(self, common: Sequence[Common], drafts: Sequence[int]) -> list[float]:
         reach = _reach(common, drafts)[:-1]
