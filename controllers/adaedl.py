@@ -31,9 +31,10 @@ class AdaEdl(Plain):
             return
         rate = outcome.num_accepted / outcome.num_drafted
         self._rate = MEMORY * self._rate + (1 - MEMORY) * rate
-        if outcome.num_drafted < self.cap:
-            moved = self.threshold + (STEP if self._rate < ACCEPTANCE else -STEP)
-            self.threshold = SMOOTHING * self.threshold + (1 - SMOOTHING) * moved
+        step = STEP
+        if self._rate >= ACCEPTANCE:
+            step = -STEP if outcome.num_drafted < self.cap else 0.0
+        self.threshold += (1 - SMOOTHING) * step
 
     def reset(self) -> None:
         self.threshold, self._rate = self._first, ACCEPTANCE

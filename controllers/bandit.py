@@ -25,18 +25,21 @@ class Bandit(Plain):
         self._plays = np.zeros(cap + 1)
         self._sums = np.zeros(cap + 1)
         self._range = 0.0
+        self._arm = 0  # of this round
 
     def plan(self, state: RoundState) -> int:
         arms = min(self.cap, state.limit) + 1
         plays = self._plays[:arms]
-        if not plays.all():
-            return int(plays.argmin())
-        return int((self._sums[:arms] / plays + self._bonus(plays)).argmax())
+        if plays.all():
+            self._arm = int((self._sums[:arms] / plays + self._bonus(plays)).argmax())
+        else:
+            self._arm = int(plays.argmin())
+        return self._arm
 
     def observe(self, outcome: RoundOutcome) -> None:
         reward = (outcome.num_accepted + 1) / (outcome.draft_ms + outcome.verify_ms)
-        self._plays[outcome.num_drafted] += 1
-        self._sums[outcome.num_drafted] += reward
+        self._plays[self._arm] += 1
+        self._sums[self._arm] += reward
         self._range = max(self._range, reward)
 
     def _bonus(self, plays: np.ndarray) -> np.ndarray:

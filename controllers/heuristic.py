@@ -15,15 +15,16 @@ class Heuristic(Plain):
 
     def __init__(self, cap: int = 40, start: int = 20, transient: bool = False) -> None:
         super().__init__(cap)
-        self.gamma, self._start, self._transient = start, start, transient
+        self._start, self._transient = min(start, cap), transient
+        self.gamma = self._start
 
     def plan(self, state: RoundState) -> int:
-        return min(self.gamma, self.cap, state.limit)
+        return min(self.gamma, state.limit)
 
     def observe(self, outcome: RoundOutcome) -> None:
         if outcome.num_drafted:
             whole = outcome.num_accepted == outcome.num_drafted
-            self.gamma = self.gamma + 2 if whole else max(1, self.gamma - 1)
+            self.gamma = min(self.gamma + 2, self.cap) if whole else max(1, self.gamma - 1)
 
     def reset(self) -> None:
         if self._transient:

@@ -51,13 +51,15 @@ class OrNone(Plain):
 
     def reset(self) -> None:
         self._policy.reset()
+        self._behind = False
 
     def state_dict(self) -> dict[str, Any]:
         own = {"rounds": self._rounds, "tokens": list(self._tokens), "ms": list(self._ms)}
+        own["behind"] = self._behind
         return own | {f"policy.{k}": v for k, v in self._policy.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._rounds = int(state["rounds"])
+        self._rounds, self._behind = int(state["rounds"]), bool(state["behind"])
         self._tokens, self._ms = list(state["tokens"]), list(state["ms"])
         theirs = {k.removeprefix("policy."): v for k, v in state.items() if k.startswith("policy.")}
         self._policy.load_state_dict(theirs)

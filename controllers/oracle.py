@@ -35,6 +35,3 @@ class Oracle(Plain):
     def proceed(self, state: RoundState, signals: Signals) -> bool:
         assert self._path is not None
         return signals.token == self._path[state.position + signals.offset - self._first]
-
-    def reset(self) -> None:
-        self._path = None

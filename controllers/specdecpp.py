@@ -14,7 +14,6 @@ from tts.policy import RoundState, Signals
 
 BLOCKS = 3
 REJECTION_WEIGHT = 6.0  # of a rejected token in the loss
-LEAST = 2  # tokens drafted before the rule may stop
 
 
 class AcceptanceHead(nn.Module):
@@ -97,7 +96,7 @@ class SpecDecPp(Plain):
             self._all_accepted = 1.0
             return True
         self._all_accepted *= self.score(signals)
-        return signals.offset + 1 < LEAST or 1 - self._all_accepted <= self.threshold
+        return 1 - self._all_accepted <= self.threshold
 
     def score(self, signals: Signals) -> float:
         """Acceptance of the token before the newest one, by the head."""

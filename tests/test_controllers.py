@@ -10,10 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from controllers import CAP, make_policy
-from controllers.cost import CostModel
-from controllers.hazard import FEATURES, HIDDEN, Examples, examples, loss_and_gradient, split
+from controllers.cost import DRAFT, PASS, CostModel
+from controllers.hazard import (
+    FEATURES,
+    HIDDEN,
+    Examples,
+    History,
+    Network,
+    examples,
+    loss_and_gradient,
+    split,
+)
 from controllers.mlp import Mlp
 from controllers.probe import Probe
+from tests.test_policies import STATE, said
 from tts.errors import UserError
 from tts.policy import RoundOutcome, RoundState, Signals
 
@@ -444,3 +454,48 @@ def test_a_copy_that_is_unlikely_to_stand_is_not_drafted():
     assert policy.proceed(state, Signals(0, 1.0, 0.9, 1.0, copied=True, following=0.9))
     assert not policy.proceed(state, Signals(1, 1.0, 0.9, 1.0, copied=True, following=0.01))
     assert policy.plan(state._replace(at_hand=0.001)) == 0
+
+
+def test_a_policy_that_rests_starts_anew():
+    world, policy = World(0.02), make_policy("mlp")
+    for _ in range(400):
+        world.round(policy)
+        if policy._behind and policy._resting:
+            break
+    assert policy._behind
+    assert policy._resting
+    policy.reset()
+    state = policy.state_dict()
+    assert (state["behind"], state["resting"]) == (0, 0)
+
+
+def test_a_pass_is_never_worth_less_than_the_token_it_gives():
+    policy, drafted = make_policy("mlp"), [said(offset=j) for j in range(8)]
+    for _ in range(40):  # drafts that fail and cost
+        policy.observe(RoundOutcome(STATE, 0, drafted, lambda: [0.0], 100.0, 35.0))
+    assert policy._tokens < policy._passes
+    assert policy.rate == 1
+
+
+def test_steps_of_the_network_are_adams():
+    random = np.random.default_rng(0)
+    network = Network(random)
+    theirs = torch.nn.Parameter(torch.tensor(network.weights))
+    adam = torch.optim.Adam([theirs], 0.01, betas=(0.9, 0.99))
+    for _ in range(5):
+        batch = Examples(random.normal(size=(12, len(FEATURES))), random.random((12, 2)))
+        theirs.grad = torch.tensor(loss_and_gradient(network.weights, batch)[1])
+        network.step(batch, 0.01)
+        adam.step()
+    np.testing.assert_allclose(network.weights, theirs.detach().numpy(), atol=1e-3)
+
+
+def test_the_position_is_that_in_the_output():
+    row = History().row(RoundState(99, 5000, 8), None)
+    assert row[FEATURES.index("position")] == pytest.approx(math.log(100) / 10)
+
+
+def test_copies_pay_for_their_rows_alone():
+    cost = CostModel()
+    assert cost.passes(2, 2) == pytest.approx(1 + PASS[1] + 2 * PASS[2])
+    assert cost.passes(2, 1) == pytest.approx(1 + PASS[1] + DRAFT[0] + DRAFT[1] + 2 * PASS[2])
