@@ -18,11 +18,11 @@ from rich.table import Table
 from transformers import GenerationConfig
 
 from controllers import make_policy
-from experiments.options import MATCH, WINDOW, ModelOptions, TextOptions
+from experiments.options import MATCH, WINDOW, ModelOptions, TextOptions, check_rule
 from experiments.peers import Arm, peers
 from experiments.report import number
 from experiments.results import Results
-from experiments.workload import PathFile
+from experiments.workload import PathFile, RecordedDialogue
 from tts.acceptance import check_acceptance
 from tts.chat import ChatFormat
 from tts.distill.config import DistillConfig
@@ -73,9 +73,14 @@ class Bench(ModelOptions, TextOptions):
         TextOptions.__post_init__(self)
         if self.segments < 1 or self.segment_tokens < 2:
             raise UserError("segments, segment_tokens: use at least 1 and 2")
-        for gamma in (*self.gammas, *self.lengths):
+        for gamma in (*self.gammas, *self.lengths, self.learning_gamma):
             make_policy("fixed", gamma=gamma)
         check_acceptance(self.acceptance)
+        check_rule(self.acceptance, self.temperature, shared=False)
+        if self.window < 1:
+            raise UserError(f"window: {self.window} sees nothing: use at least 1")
+        if not (self.gammas or self.learners or self.peers):
+            raise UserError("gammas: none given, nor learners or peers: there is nothing to time")
 
 
 class Clock:
@@ -94,50 +99,59 @@ class Clock:
     def tokens_per_second(self) -> float:
         """Tokens after the first ones / seconds since then."""
         (began, _), *later = self._marks[1:]
+        if not later:
+            raise UserError("segment_tokens: they came in one round: use more")
         return sum(count for _, count in later) / (later[-1][0] - began)
 
 
 def bench(config: Bench) -> dict[str, Any]:
     """Time all arms, print the table, write the results folder; returns the summary."""
+    if not config.path:
+        raise UserError("path: give a file of `tts record`: its conversations are the prompts")
+    path = PathFile.read(config.path)
+    path.check_target(config)
     results = Results(config.results, "bench", config.run_id, config)
     if results.finished is not None:
         print(f"run_id: {results.folder} is finished with the same config", file=sys.stderr)
         return results.finished
     pair = config.load()
-    prompts = _prompts(config, pair)
+    prompts = _prompts(path.dialogues, config.segments, pair)
     arms = _arms(config, pair)
     speeds: dict[str, list[float]] = {name: [] for name in arms}
     generation = config.generation_config(config.segment_tokens)
     generation.min_new_tokens = config.segment_tokens
     for arm in arms.values():  # warm up: kernels, allocator
         arm(prompts[0][:, -64:], config.generation_config(8), 0, Clock())
-    for index, prompt in enumerate(prompts):
-        # every segment starts with another arm
-        order = list(arms)[index % len(arms) :] + list(arms)[: index % len(arms)]
-        for name in order:
-            clock = Clock()
-            arms[name](prompt, generation, config.seed + index, clock)
-            speeds[name].append(clock.tokens_per_second)
-            row = {"arm": name, "segment": index, "context": prompt.shape[1],
-                   "tok_s": speeds[name][-1], "load": os.getloadavg()[0]}  # fmt: skip
-            results.append("metrics.jsonl", row)
-            print(row, file=sys.stderr)
-    summary = _summary(speeds, results)
-    results.finish(summary)
+    status = "interrupted"
+    try:
+        for index, prompt in enumerate(prompts):
+            # every segment starts with another arm
+            order = list(arms)[index % len(arms) :] + list(arms)[: index % len(arms)]
+            for name in order:
+                clock = Clock()
+                arms[name](prompt, generation, config.seed + index, clock)
+                speeds[name].append(clock.tokens_per_second)
+                row = {"arm": name, "segment": index, "context": prompt.shape[1],
+                       "tok_s": speeds[name][-1], "load": os.getloadavg()[0]}  # fmt: skip
+                results.append("metrics.jsonl", row)
+                print(row, file=sys.stderr)
+        status = "finished"
+    finally:
+        summary = _summary(speeds, results, status)
+        results.finish(summary)
     _show(speeds, [prompt.shape[1] for prompt in prompts])
     return summary
 
 
-def _prompts(config: Bench, pair: ModelPair) -> list[torch.Tensor]:
+def _prompts(
+    recorded: list[RecordedDialogue], segments: int, pair: ModelPair
+) -> list[torch.Tensor]:
     """Prefixes of the recorded conversations, each cut before an answer, later and later."""
-    if not config.path:
-        raise UserError("path: give a file of `tts record`: its conversations are the prompts")
-    recorded = PathFile.read(config.path).dialogues
     chat = ChatFormat.of(pair.tokenizer)
     made = []
-    for index in range(config.segments):
+    for index in range(segments):
         dialogue = recorded[index % len(recorded)]
-        turns = 1 + round((len(dialogue.answers) - 1) * index / max(1, config.segments - 1))
+        turns = 1 + round((len(dialogue.answers) - 1) * index / max(1, segments - 1))
         sequence: list[int] = []
         for user, answer in list(zip(dialogue.turns, dialogue.answers, strict=True))[:turns]:
             ids = pair.tokenizer(user, add_special_tokens=False)["input_ids"]
@@ -151,12 +165,15 @@ def _prompts(config: Bench, pair: ModelPair) -> list[torch.Tensor]:
 def _arms(config: Bench, pair: ModelPair) -> dict[str, Arm]:
     arms: dict[str, Arm] = {}
 
-    def add(name: str, policy: LengthPolicy, **settings: Any) -> None:
+    # nobody's overlap is measured beside gamma 0: it would cost 1 to 3 % of its time
+    alone = pair._replace(draft=PromptLookup())
+
+    def add(name: str, policy: LengthPolicy, pair: ModelPair = pair, **settings: Any) -> None:
         common = {"acceptance": config.acceptance, "draft_window": config.window}
         arms[f"ours, gamma {name}"] = _ours(pair, policy=policy, **common, **settings)
 
     for gamma in config.gammas:
-        add(str(gamma), make_policy("fixed", gamma=gamma))
+        add(str(gamma), make_policy("fixed", gamma=gamma), pair if gamma else alone)
     if config.learners:
         # a segment is short: what they learn is carried from one to the next
         learns = {"distill": replace(config.distill, scope="session")}
@@ -187,12 +204,12 @@ def _ours(pair: ModelPair, **settings: Any) -> Arm:
     return arm
 
 
-def _summary(speeds: dict[str, list[float]], results: Results) -> dict[str, Any]:
+def _summary(speeds: dict[str, list[float]], results: Results, status: str) -> dict[str, Any]:
     return {
         "results": str(results.folder),
-        "status": "finished",
+        "status": status,
         "load": os.getloadavg(),
-        "tok_s_median": {name: statistics.median(values) for name, values in speeds.items()},
+        "tok_s_median": {name: statistics.median(of) for name, of in speeds.items() if of},
         "tok_s": speeds,
     }
 

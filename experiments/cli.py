@@ -60,6 +60,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"tts: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a folder that went away
+        print(f"tts: {error}: what was written before is kept", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("tts: interrupted; what was measured is written", file=sys.stderr)
         return 130
@@ -79,7 +82,9 @@ def _run(arguments: list[str]) -> int:
         parsed = parser.parse_args([_normalised(argument) for argument in arguments[1:]])
         values = parser.instantiate(parsed).as_dict()
     except ArgumentError as error:
-        raise UserError(" ".join(str(error).split())) from None
+        said = " ".join(str(error).split())
+        hint = ": write a list, as in '[a, b]'" if "<class 'tuple'>" in said else ""
+        raise UserError(said + hint) from None
     values.pop("config", None)
     summary = getattr(module, verb.function)(options(**values))
     print(json.dumps(summary))

@@ -80,8 +80,8 @@ def collect(
     round_ms = [median(times) if times else math.nan for times in turns.ms]
     if math.isnan(sum(round_ms)):
         raise UserError(
-            f"max_new_tokens: {text.max_new_tokens} are too few to time every gamma up to {cap}: "
-            "use more"
+            f"max_new_tokens: not every gamma up to {cap} was drafted in {text.max_new_tokens} "
+            "tokens: use more, or a lower cap if this draft goes no further"
         )
     for prompt in track(prompts, pair.compression):
         watched = Watched(cap)

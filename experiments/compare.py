@@ -18,11 +18,13 @@ from experiments.curves import (
     by_third,
     interval,
     length,
+    over,
     overlap_curve,
+    worst,
 )
-from experiments.options import readable
+from experiments.options import readable, writable
 from experiments.plots import position_figure
-from experiments.report import arms_table, number
+from experiments.report import arms_table, number, spread
 from tts.errors import UserError
 from tts.records import RoundRecord, UpdateRecord
 
@@ -63,15 +65,15 @@ def compare(config: Compare) -> dict[str, Any]:
     """Print the tables, draw the figure, return the JSON summary."""
     if not config.runs:
         raise UserError("runs: none given: name results folders of `tts run`")
+    out = writable(config.out, "out", new=False) if config.out else None
     arms = read(config.runs)
     console = Console(width=120)
     console.print(arms_table(arms, config.caption))
     summary = {name: _by_third(arms, curve) for name, curve in QUANTITIES.items()}
     for name, conversations in summary.items():
         console.print(_table(name, conversations, list(arms)))
-    if config.out:
-        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-        position_figure(arms, config.curves, Path(config.out), config.caption, config.bin)
+    if out is not None:
+        position_figure(arms, config.curves, out, config.caption, config.bin)
     return {"runs": list(config.runs), "relative_to": next(iter(arms))} | summary
 
 
@@ -130,8 +132,7 @@ def _table(name: str, conversations: dict[str, dict[str, list[float]]], arms: li
     for part, label in ((2, "third 3"), (3, "overall")):
         cells = []
         for arm in others:
-            ratios = [v[arm][part] / v[base][part] for v in conversations.values()]
-            mean, low, high = interval(ratios)
-            cells.append(f"{mean:.3f} [{low:.3f}, {high:.3f}], worst {min(ratios):.3f}")
+            ratios = [over(v[arm][part], v[base][part]) for v in conversations.values()]
+            cells.append(f"{spread(interval(ratios))}, worst {number(worst(ratios), 3)}")
         table.add_row(f"{label} / {base}", "", *cells)
     return table

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tts.metrics import mean_acceptance_length, tokens_per_second
 from tts.records import RoundRecord
 
 Rounds = Sequence[RoundRecord]
+Array = NDArray[np.float64]
 RESAMPLES = 2000
 BIN = 250  # tokens that a point of a curve stands for
 
@@ -74,7 +76,7 @@ def ahead_from(static: Rounds, rounds: Rounds, edges: Sequence[int]) -> int | No
         if now > before:
             ahead = None
         elif ahead is None and now < before:
-            ahead = high
+            ahead = min(high, length(rounds))
     return ahead
 
 
@@ -107,19 +109,49 @@ def third_edges(end: int) -> list[int]:
     return [round(end * i / 3) for i in range(4)]
 
 
-def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
-    """(mean, low, high): 95 % bootstrap interval of the mean over conversations.
-
-    With one conversation there is no interval: low and high are nan.
-    """
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """(mean, low, high) of what was measured, see `bootstrap`; nan if nothing was."""
     known = np.array([v for v in values if not np.isnan(v)])
     if len(known) == 0:
-        return float("nan"), float("nan"), float("nan")
-    if len(known) == 1:
-        return float(known[0]), float("nan"), float("nan")
-    draws = np.random.default_rng(seed).choice(known, (RESAMPLES, len(known)))
-    low, high = np.percentile(draws.mean(1), [2.5, 97.5])
-    return float(known.mean()), float(low), float(high)
+        return np.nan, np.nan, np.nan
+    return bootstrap(known, lambda drawn: drawn.mean(-1))
+
+
+def ratio_interval(above: Array, below: Array) -> tuple[float, float, float]:
+    """(sum of ``above`` / sum of ``below``, low, high), paired by unit; see `bootstrap`."""
+    return bootstrap(np.stack([above, below]), lambda drawn: drawn[0].sum(-1) / drawn[1].sum(-1))
+
+
+def over(value: float, base: float) -> float:
+    """value / base; nan where the base is nothing."""
+    return value / base if base else np.nan
+
+
+def worst(values: Sequence[float]) -> float:
+    """The least of what was measured; nan if nothing was."""
+    return min((value for value in values if not np.isnan(value)), default=np.nan)
+
+
+def bootstrap(units: Array, statistic: Callable[[Array], Array]) -> tuple[float, float, float]:
+    """(value, low, high): 95 % bootstrap over units `[..., n]`: conversations, or prompts.
+
+    With one unit there is no interval: low and high are nan.
+
+    Args:
+        units: what was measured on each.
+        statistic: of units `[..., n]` and, at once, of resampled ones `[..., resamples, n]`.
+    """
+    count, value = units.shape[-1], float(statistic(units))
+    if count == 1:
+        return value, np.nan, np.nan
+    draws = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
+    low, high = np.percentile(statistic(units[..., draws]), [2.5, 97.5])
+    return value, float(low), float(high)
+
+
+def known(values: Sequence[float]) -> list[float | None]:
+    """What was not measured is None, as JSON has it."""
+    return [None if np.isnan(value) else value for value in values]
 
 
 def _binned(edges: Sequence[int], measure: Callable[[int, int], float]) -> Curve:

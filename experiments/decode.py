@@ -1,7 +1,7 @@
 """Decode one dialogue with one arm, turn by turn, in one growing context."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from controllers.oracle import Oracle
 from experiments.options import TextOptions
@@ -17,10 +17,10 @@ OnRound = Callable[[int, RoundRecord], None]  # (turn, record)
 class Decoded:
     """What a dialogue became."""
 
-    turns: list[str]
-    answers: list[list[int]]
-    rounds: list[RoundRecord]
-    finish_reasons: list[str]
+    turns: list[str] = field(default_factory=list)
+    answers: list[list[int]] = field(default_factory=list)
+    rounds: list[RoundRecord] = field(default_factory=list)
+    finish_reasons: list[str] = field(default_factory=list)
 
     @property
     def tokens(self) -> list[int]:
@@ -33,14 +33,15 @@ def decode(
     dialogue: Dialogue | RecordedDialogue,
     text: TextOptions,
     on_round: OnRound | None = None,
+    done: Decoded | None = None,
 ) -> Decoded:
     """Answer the turns until ``max_new_tokens`` are generated or the context is full.
 
-    A `RecordedDialogue` is committed token by token as it was recorded.
+    A `RecordedDialogue` is committed token by token as it was recorded. Each answer is added to
+    ``done`` as soon as it is there.
     """
-    decoder.policy.reset()
     chat = Conversation(decoder)
-    done = Decoded([], [], [], [])
+    done = done or Decoded()
     context = decoder.pair.target.config.get_text_config().max_position_embeddings
     for index, user in enumerate(dialogue.turns):
         left = text.max_new_tokens - chat.session.generated

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from tts.distill.corpus import Corpus, annotate, read_tokens
+from tts.distill.learner import teacher_head
 from tts.distill.offline import OfflineConfig, OfflineTrainer, frequent_ids
 from tts.distill.selftext import SelfTextConfig, write_shards
 from tts.distill.students import (
@@ -88,10 +89,12 @@ class DistillOffline:
 
 def selftext(config: SelfText) -> dict[str, object]:
     """Write shards; returns the JSON summary."""
-    target, tokenizer = load_target(config.target, dtype=config.dtype, device=config.device)
     out, temperature = Path(config.out), config.text.temperature
     if config.tokens:
         tokens, counts = read_tokens(Path(config.tokens), config.text.length)
+    out.mkdir(parents=True, exist_ok=True)
+    target, tokenizer = load_target(config.target, dtype=config.dtype, device=config.device)
+    if config.tokens:
         parts = list(zip(tokens.split(ANNOTATED), counts.split(ANNOTATED), strict=True))
         shards = (annotate(target, *part, temperature) for part in parts)
         total = len(tokens)
@@ -117,6 +120,7 @@ def distill_offline(config: DistillOffline) -> dict[str, object]:
         target, draft = _started(config)
     else:
         target, tokenizer = load_target(config.target, device=config.device)
+        teacher_head(target)
         ids = frequent_ids(corpus, training.draft_vocab_size, [tokenizer.eos_token_id])
         torch.manual_seed(training.seed)
         draft = _new(config, target, ids, fingerprint(tokenizer))
@@ -152,7 +156,7 @@ def _started(config: DistillOffline) -> tuple[PreTrainedModel, Any]:
     """The target, and the draft to go on from."""
     pair = load_pair(config.target, config.start, device=config.device, stock=True)
     target, draft = pair.target, pair.draft
-    ids, head = getattr(draft, "draft_ids", None), target.get_output_embeddings().weight
+    ids, head = getattr(draft, "draft_ids", None), teacher_head(target)
     if ids is None or not torch.equal(draft.lm_head.weight, head[ids]):
         raise UserError(
             f"start: {config.start!r} does not predict with rows of the target's head: use a draft "

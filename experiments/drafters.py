@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.arms import ARMS, build
-from experiments.curves import Curve, acceptance_curve, interval, overlap_curve
-from experiments.options import ModelOptions, SpeculationOptions, TextOptions
-from experiments.report import number, thirds
+from experiments.curves import Curve, acceptance_curve, interval, known, overlap_curve
+from experiments.options import ModelOptions, SpeculationOptions, TextOptions, check_rule
+from experiments.report import number, spread, thirds
 from experiments.results import Results
 from experiments.turns import Rounds, take_turns
 from experiments.workload import PathFile, RecordedDialogue
@@ -59,6 +59,9 @@ class Drafters(ModelOptions, TextOptions, SpeculationOptions):
     def __post_init__(self) -> None:
         TextOptions.__post_init__(self)
         SpeculationOptions.__post_init__(self)
+        check_rule(self.acceptance, self.temperature, shared=True)
+        if self.segment_tokens < 2:
+            raise UserError(f"segment_tokens: {self.segment_tokens} is too short: use at least 2")
         for mode in self.modes:
             if mode not in MODES:
                 raise UserError(f"modes: {mode!r} is not one of {', '.join(MODES)}")
@@ -86,9 +89,12 @@ def drafters(config: Drafters) -> dict[str, Any]:
     if results.finished is not None:
         print(f"run_id: {results.folder} is finished with the same config", file=sys.stderr)
         return results.finished
-    arms = {"target": build("target", config.load(), config)}
+    # nobody's overlap is measured beside gamma 0: it would cost 1 to 3 % of its time
+    arms = {"target": build("target", replace(config, draft=PROMPT_LOOKUP).load(), config)}
     for name in names:
         arms |= _arms(name, replace(config, draft=name))
+    if len(arms) == 1:
+        raise UserError("modes: prompt_lookup knows static alone: name it, or another drafter")
 
     def keep(arm: str, dialogue: RecordedDialogue, part: list[RoundRecord]) -> None:
         for record in part:
@@ -141,11 +147,12 @@ def _row(arm: str, rounds: Rounds) -> dict[str, Any]:
     texts = rounds[arm]
     summary = summarise(r for of in texts.values() for r in of)
 
-    def spread(value: Callable[[Any], float | None]) -> list[float | None]:
-        return _known(interval([value(summarise(of)) or math.nan for of in texts.values()]))
+    def over_texts(value: Callable[[Any], float | None]) -> list[float | None]:
+        values = [value(summarise(of)) for of in texts.values()]
+        return known(interval([math.nan if x is None else x for x in values]))
 
     def third(curve: Callable[[Any, Sequence[int]], Curve]) -> list[float | None]:
-        return _known(thirds(texts, curve))
+        return known(thirds(texts, curve))
 
     times = {
         text: sum(r.total_ms for r in rounds["target"][text]) / sum(r.total_ms for r in of)
@@ -153,9 +160,9 @@ def _row(arm: str, rounds: Rounds) -> dict[str, Any]:
     }
     return {
         "tok_s": summary.tok_s,
-        "over_target": _known(interval(list(times.values()))),
-        "acceptance_length": spread(lambda s: s.mean_acceptance_length),
-        "overlap": spread(lambda s: s.mean_overlap),
+        "over_target": known(interval(list(times.values()))),
+        "acceptance_length": over_texts(lambda s: s.mean_acceptance_length),
+        "overlap": over_texts(lambda s: s.mean_overlap),
         "acceptance_length_by_third": third(acceptance_curve),
         "overlap_by_third": third(overlap_curve),
         **{
@@ -169,11 +176,6 @@ def _row(arm: str, rounds: Rounds) -> dict[str, Any]:
     }
 
 
-def _known(values: Sequence[float]) -> list[float | None]:
-    """What was not measured is None, as JSON has it."""
-    return [None if math.isnan(value) else value for value in values]
-
-
 def _show(rows: dict[str, Any], config: Drafters) -> None:
     table = Table(
         title=f"{rows['target']['tokens']} tokens an arm, gamma {config.gamma} where fixed, window "
@@ -185,16 +187,11 @@ def _show(rows: dict[str, Any], config: Drafters) -> None:
         table.add_column(column, justify="left" if column == "arm" else "right")
     for arm, row in rows.items():
         table.add_row(
-            arm, number(row["tok_s"], 1), _interval(row["over_target"]),
-            _interval(row["acceptance_length"]),
+            arm, number(row["tok_s"], 1), spread(row["over_target"]),
+            spread(row["acceptance_length"]),
             " ".join(number(x, 2) for x in row["acceptance_length_by_third"]),
-            _interval(row["overlap"]),
+            spread(row["overlap"]),
             " ".join(number(x, 3) for x in row["overlap_by_third"]),
             *(number(row[f"{part}_share"], 3) for part in ("draft", "verify", "update")),
         )  # fmt: skip
     Console(width=180).print(table)
-
-
-def _interval(values: Sequence[float | None]) -> str:
-    mean, low, high = (number(x, 3) for x in values)
-    return mean if low == "-" else f"{mean} [{low}, {high}]"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.options import readable
+from experiments.options import readable, writable
 from tts.errors import UserError
 
 RECENT = 8  # rounds that drafted
@@ -44,9 +44,7 @@ class Export:
 
 def export(config: Export) -> dict[str, Any]:
     """Read the rounds, write the table, return it."""
-    out = Path(config.out)
-    if out.exists():
-        raise UserError(f"out: {out} exists: choose another name")
+    out = writable(config.out, "out")
     file = readable(str(Path(config.run) / "metrics.jsonl"), "run")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     arms = sorted({row["arm"] for row in rows})
@@ -60,7 +58,6 @@ def export(config: Export) -> dict[str, Any]:
     if not kept:
         raise UserError(f"compression: the run has no round of {config.compression!r}")
     table = gamma_table(kept, config.contexts)
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(table, indent=1) + "\n")
     return {"out": str(out), "arm": config.arm} | table
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from controllers import WEIGHTS, make_policy
+from controllers import make_policy
 from controllers.hazard import COMPRESSION, Examples, examples, hazards, loss_and_gradient
 from controllers.mlp import Mlp
 from controllers.specdecpp import (
@@ -28,7 +28,10 @@ from controllers.specdecpp import (
 )
 from controllers.speckv import CODE, GAMMAS, Regressor, step_signals
 from experiments import replay
+from experiments.curves import known
+from experiments.options import writable
 from experiments.replay import follow, reliability
+from experiments.report import spread
 from experiments.speckv import regressor
 from experiments.steps import Step, read, read_hidden
 from tts.errors import UserError
@@ -48,13 +51,13 @@ class Fit:
         records: files of `tts profile --records`.
         epochs: passes over the examples at most.
         seed: of everything random.
-        out: folder of the weights ("": those that `make_policy` starts from).
+        out: folder for the weights; it must not exist. Name it with --weights to use them.
     """
 
     records: tuple[str, ...] = ()
     epochs: int = 30
     seed: int = 0
-    out: str = ""
+    out: str = "weights"
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
@@ -87,10 +90,10 @@ def fit(config: Fit) -> dict[str, Any]:
     """Fit, write, report on prompts that nothing was fitted or chosen on."""
     if not config.records:
         raise UserError("records: give files of `tts profile --records`")
+    out = writable(config.out, "out")
     data, draft = read_all(config.records)
     train, held, test = split(data)
-    out = Path(config.out) if config.out else WEIGHTS
-    out.mkdir(parents=True, exist_ok=True)
+    out.mkdir()
     mlp = fit_mlp(train, held, config)
     mlp.save(out / "mlp.json")
     fit_speckv(train, config.seed).save(out / "speckv.json")
@@ -293,7 +296,7 @@ def compare(out: Path, test: Data) -> dict[str, Any]:
             "best_fixed": best,
             "tok_s": speeds,
             "over_best_fixed": {
-                name: replay.ratio_interval(of, rows[best], prompts) for name, of in rows.items()
+                name: known(replay.over(of, rows[best], prompts)) for name, of in rows.items()
             },
         }
     return made
@@ -325,7 +328,6 @@ def _show(summary: dict[str, Any]) -> None:
     for name in next(iter(regimes.values()))["tok_s"]:
         cells = []
         for found in regimes.values():
-            ratio, low, high = found["over_best_fixed"][name]
-            cells.append(f"{found['tok_s'][name]:.1f}  {ratio:.3f} [{low:.3f}, {high:.3f}]")
+            cells.append(f"{found['tok_s'][name]:.1f}  {spread(found['over_best_fixed'][name])}")
         table.add_row(name, *cells)
     console.print(table)

@@ -135,11 +135,55 @@ class SpeculationOptions:
         PromptLookup(shortest=self.lookup)  # refuses what is no length
         if self.window < 1:
             raise UserError(f"window: {self.window} sees nothing: use at least 1")
+        if not self.weights_folder.is_dir():
+            raise UserError(f"weights: no folder {self.weights!r}: give one of `tts fit`")
 
     @property
     def weights_folder(self) -> Path:
         """Of the policies that are fitted."""
         return Path(self.weights).expanduser() if self.weights else WEIGHTS
+
+
+def check_rule(acceptance: str, temperature: float, shared: bool) -> None:
+    """Raise UserError if the rule cannot do what a run asks of it.
+
+    Args:
+        acceptance: as of `SpeculationOptions`.
+        temperature: 0 is greedy, which every rule is then.
+        shared: several arms shall have one text, or a recorded one.
+    """
+    if not temperature:
+        return
+    if acceptance == "greedy":
+        raise UserError("acceptance: greedy is for --temperature 0: set that, or use another rule")
+    if shared and acceptance != "coupled":
+        raise UserError(
+            f"acceptance: under {acceptance} every arm writes another text, and none a recorded "
+            "one: use coupled, or one arm without a path"
+        )
+
+
+def writable(path: str, field: str, new: bool = True) -> Path:
+    """The file ``path``, its folder made, or a UserError that names ``field``.
+
+    Args:
+        path: of a file or folder that is about to be written.
+        field: that named it.
+        new: it must not exist.
+    """
+    file = Path(path).expanduser()
+    if new and file.exists():
+        raise UserError(f"{field}: {file} exists: choose another name")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            file.touch()
+            file.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{field}: {file} cannot be written ({error.strerror}): choose another place"
+        ) from None
+    return file
 
 
 def readable(path: str, field: str) -> Path:

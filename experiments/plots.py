@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 
 from experiments.curves import BIN, CURVES, Rounds, bin_edges, interval, length
 
-# Okabe-Ito, one colour an arm in every figure
+# Okabe-Ito and two more; an arm that is not here takes the next of the cycle
 COLOURS = {
     "target": "#000000",
     "static": "#0072B2",
@@ -20,6 +20,8 @@ COLOURS = {
     "gamma": "#009E73",
     "both": "#CC79A7",
     "lookup": "#999999",
+    "memory": "#7E2F8E",
+    "memory_lookup": "#8B4513",
 }
 LABELS = {
     "overlap": "overlap  $\\sum_x \\min(p, q)$",
@@ -54,12 +56,13 @@ def position_figure(
     for axis, quantity in zip(axes[0], quantities, strict=True):
         for arm, conversations in arms.items():
             curves = [CURVES[quantity](rounds, edges) for rounds in conversations.values()]
-            colour = COLOURS.get(arm)
+            (line,) = axis.plot([], [], color=COLOURS.get(arm), label=arm)
+            colour = line.get_color()
             for curve in curves:
                 axis.plot(curve.position, curve.value, ".", color=colour, alpha=0.35, ms=4)
             bands = [interval([c.value[i] for c in curves]) for i in range(len(edges) - 1)]
             mean, low, high = zip(*bands, strict=True)
-            axis.plot(curves[0].position, mean, color=colour, label=arm)
+            axis.plot(curves[0].position, mean, color=colour)
             axis.fill_between(curves[0].position, low, high, color=colour, alpha=0.15, lw=0)
         axis.set_xlabel("output position (tokens)")
         axis.set_ylabel(LABELS[quantity])

@@ -19,7 +19,9 @@ from rich.table import Table
 from controllers import PUBLISHED, make_policy
 from controllers.or_none import OrNone
 from experiments.arms import ARMS, build, check_arms
-from experiments.options import ModelOptions, SpeculationOptions, TextOptions
+from experiments.curves import known, ratio_interval
+from experiments.options import ModelOptions, SpeculationOptions, TextOptions, check_rule
+from experiments.report import spread
 from experiments.results import Results
 from experiments.turns import Rounds, take_turns
 from experiments.workload import PathFile, RecordedDialogue
@@ -33,7 +35,6 @@ OURS, ORACLE = "gamma", "oracle"
 RATIOS = (
     "measured_over_best_fixed", "priced_over_best_fixed", "priced_over_oracle", "priced_over_ours",
 )  # fmt: skip
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,12 @@ class Policies(ModelOptions, TextOptions, SpeculationOptions):
         SpeculationOptions.__post_init__(self)
         if self.remember and self.draft == PROMPT_LOOKUP:
             raise UserError(f"remember: {self.draft} has no states to remember by: give a model")
+        check_rule(self.acceptance, self.temperature, shared=True)
         check_arms(self.arms, self.draft)
         if self.or_none:
             check_arms(self.or_none, self.draft)
+        if ORACLE in self.or_none:
+            raise UserError("or_none: oracle knows when not to draft: leave it out")
         learning = [name for name in (*self.arms, *self.or_none) if ARMS[name].draft]
         if learning:
             raise UserError(f"arms: {learning[0]} lets the draft learn: lengths are compared here")
@@ -168,7 +172,7 @@ def compare(rounds: Rounds, fixed: list[str]) -> dict[str, Any]:
             arm: _row(pooled[arm])
             | {"priced_tok_s": 1000 * pooled[arm].num_emitted_tokens / float(priced[arm].sum())}
             | {
-                f"{kind}_over_{name}": _ratio(of[other], of[arm])
+                f"{kind}_over_{name}": known(ratio_interval(of[other], of[arm]))
                 for kind, of in (("measured", times), ("priced", priced))
                 for name, other in held_to.items()
                 if other in times
@@ -212,14 +216,6 @@ def _row(summary: Summary) -> dict[str, Any]:
     }
 
 
-def _ratio(base: np.ndarray, times: np.ndarray) -> tuple[float, float, float]:
-    """(speed of ``times`` / speed of ``base``, low, high)."""
-    draws = np.random.default_rng(0).integers(0, len(times), (RESAMPLES, len(times)))
-    ratios = base[draws].sum(1) / times[draws].sum(1)
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return float(base.sum() / times.sum()), float(low), float(high)
-
-
 def _show(compression: str, regime: Mapping[str, Any]) -> None:
     tokens = next(iter(regime["arms"].values()))["tokens"]
     best = regime["best_fixed"]
@@ -237,10 +233,6 @@ def _show(compression: str, regime: Mapping[str, Any]) -> None:
             f"{row['acceptance_length']:.3f}", f"{row['drafted']:.2f}",
             f"{row['draft_share']:.2f}", f"{row['verify_share']:.2f}", f"{row['policy_ms']:.2f} ms",
             f"{row['flips']:.4f}",
-            *(_interval(row.get(ratio)) for ratio in RATIOS),
+            *(spread(row[ratio]) if ratio in row else "-" for ratio in RATIOS),
         )  # fmt: skip
     Console(width=190).print(table)
-
-
-def _interval(ratio: tuple[float, float, float] | None) -> str:
-    return "-" if ratio is None else "{:.3f} [{:.3f}, {:.3f}]".format(*ratio)

@@ -8,7 +8,6 @@ import os
 import statistics
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from rich.table import Table
 from controllers import make_policy
 from experiments import steps
 from experiments.collect import collect
-from experiments.options import WINDOW, ModelOptions, TextOptions
+from experiments.options import WINDOW, ModelOptions, TextOptions, writable
 from experiments.report import number
 from experiments.signals import show_signals, signal_summary
 from experiments.workload import dialogues
@@ -69,9 +68,11 @@ class Profile(ModelOptions, TextOptions):
     def __post_init__(self) -> None:
         TextOptions.__post_init__(self)
         make_policy("svip", cap=self.cap)
+        if not self.contexts or not self.rows or not self.compressions:
+            raise UserError("contexts, rows, compressions: name at least one of each")
         for compression in self.compressions:
             check_compression(compression)
-        if min((*self.contexts, *self.rows, self.repeats), default=0) < 1:
+        if min((*self.contexts, *self.rows, self.repeats)) < 1:
             raise UserError("contexts, rows, repeats: use positive numbers")
 
 
@@ -101,10 +102,7 @@ def profile(config: Profile) -> dict[str, Any]:
 
 def _records(config: Profile) -> dict[str, Any]:
     """Write the step records of every compression; print what their signals are worth."""
-    file = Path(config.records)
-    if file.exists():
-        raise UserError(f"records: {file} exists: choose another name")
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file = writable(config.records, "records")
     prompts, written, states = dialogues(config), [], []
     for compression in config.compressions:
         pair = replace(config, compression=compression).load()
@@ -241,9 +239,14 @@ def _show(config: Profile, summary: dict[str, Any]) -> None:
         )
 
 
-def _break_even(gamma: int, draft_ms: float, verify: dict[int, float]) -> float:
-    """Per-token acceptance a at which gamma drafts pay: a + ... + a^gamma = their extra cost."""
+def _break_even(gamma: int, draft_ms: float, verify: dict[int, float]) -> float | None:
+    """Per-token acceptance a at which gamma drafts pay: a + ... + a^gamma = their extra cost.
+
+    None where they would not pay if all were accepted.
+    """
     extra = (draft_ms + verify[gamma + 1]) / verify[1] - 1
+    if extra > gamma:
+        return None
     low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2

@@ -1,13 +1,18 @@
 """`tts record`: write the tokens of conversations once, so that any later run can commit them."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from experiments.arms import build
-from experiments.decode import decode, recorded
+from experiments.decode import Decoded, decode, recorded
 from experiments.live import Live
-from experiments.options import ModelOptions, SpeculationOptions, TextOptions
+from experiments.options import (
+    ModelOptions,
+    SpeculationOptions,
+    TextOptions,
+    check_rule,
+    writable,
+)
 from experiments.workload import PathFile, RecordedDialogue, dialogues
 from tts.errors import UserError
 from tts.metrics import LOOP, distinct_4_windows
@@ -28,29 +33,31 @@ class Record(ModelOptions, TextOptions, SpeculationOptions):
     def __post_init__(self) -> None:
         TextOptions.__post_init__(self)
         SpeculationOptions.__post_init__(self)
+        check_rule(self.acceptance, self.temperature, shared=False)
         if self.policy == "oracle":
             raise UserError("policy: oracle needs the text that is yet to be written: use fixed")
 
 
 def record(config: Record) -> dict[str, Any]:
-    """Decode the workload and write its path after every conversation; returns the summary."""
-    out = Path(config.out)
-    if out.exists():
-        raise UserError(f"out: {out} exists: choose another name")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    """Decode the workload and write its path after every answer; returns the summary."""
+    out = writable(config.out, "out")
     texts = dialogues(config)
     pair = config.load()
     written: list[RecordedDialogue] = []
     for text in texts:
         rounds: list[RoundRecord] = []
-        with Live(text.id, config.max_new_tokens) as live:
-            observer = _collector(rounds, live)
-            done = decode(build("static", pair, config), text, config, observer)
-        written.append(recorded(text, done))
-        PathFile(
-            config.target, config.dtype, config.temperature, config.top_p, config.top_k,
-            config.repetition_penalty, written, config.compression,
-        ).write(out)  # fmt: skip
+        done = Decoded()
+        try:
+            with Live(text.id, config.max_new_tokens) as live:
+                observer = _collector(rounds, live)
+                decode(build("static", pair, config), text, config, observer, done)
+        finally:  # an interruption loses the answer that it interrupts
+            if done.answers:
+                written.append(recorded(text, done))
+                PathFile(
+                    config.target, config.dtype, config.temperature, config.top_p, config.top_k,
+                    config.repetition_penalty, written, config.compression, config.seed,
+                ).write(out)  # fmt: skip
         windows = distinct_4_windows(done.tokens)
         loops = "  LOOPS" if any(value < LOOP for value in windows) else ""
         shown = " ".join(f"{value:.2f}" for value in windows)

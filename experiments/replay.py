@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from experiments.curves import Array, bootstrap
 from experiments.steps import Step
 from tts.policy import LengthPolicy, RoundOutcome
 
-RESAMPLES, SEED, BINS = 2000, 0, 10
+BINS = 10
 
-Array = NDArray[np.float64]
 Lengths = Callable[[Step, torch.Tensor], int]  # tokens drafted at a state
 
 
@@ -73,19 +73,15 @@ def tok_s(rows: Array) -> float:
     return float(1000 * rows[:, 0].sum() / rows[:, 1].sum())
 
 
-def ratio_interval(
-    rows: Array, base: Array, prompts: NDArray[np.str_]
-) -> tuple[float, float, float]:
-    """(ratio, low, high) of tokens per second over ``base``: 95 % bootstrap over prompts."""
-    names = np.unique(prompts)
-    sums = np.array([[*rows[prompts == n].sum(0), *base[prompts == n].sum(0)] for n in names])
-    draws = np.random.default_rng(SEED).integers(0, len(names), (RESAMPLES, len(names)))
+def over(rows: Array, base: Array, prompts: NDArray[np.str_]) -> tuple[float, float, float]:
+    """(ratio, low, high) of tokens per second over ``base``, prompts resampled."""
+    units = [[*rows[prompts == n].sum(0), *base[prompts == n].sum(0)] for n in np.unique(prompts)]
 
-    def ratio(total: Array) -> Array:
-        return total[..., 0] / total[..., 1] / (total[..., 2] / total[..., 3])
+    def ratio(drawn: Array) -> Array:
+        tokens, ms, base_tokens, base_ms = drawn.sum(-1)
+        return np.asarray(tokens / ms / (base_tokens / base_ms))
 
-    low, high = np.percentile(ratio(sums[draws].sum(1)), [2.5, 97.5])
-    return float(ratio(sums.sum(0))), float(low), float(high)
+    return bootstrap(np.array(units).T, ratio)
 
 
 def reliability(predicted: Array, observed: Array) -> dict[str, object]:

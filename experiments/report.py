@@ -60,6 +60,12 @@ def thirds(
     return [interval(column)[0] for column in zip(*values, strict=True)]
 
 
+def spread(values: Sequence[float | None], digits: int = 3) -> str:
+    """A value and its interval, if it has one."""
+    value, low, high = (number(x, digits) for x in values)
+    return value if low == "-" else f"{value} [{low}, {high}]"
+
+
 def number(value: float | None, digits: int) -> str:
     """Fixed digits, and a dash for what was not measured."""
     return "-" if value is None or value != value else f"{value:.{digits}f}"

@@ -29,18 +29,22 @@ class Results:
 
     Raises:
         UserError: if the folder exists for another config or unfinished, or cannot be written.
+            One of a run that ended before it measured anything is used again.
     """
 
     def __init__(self, root: str, verb: str, run_id: str, config: Any) -> None:
         self._resolved = yaml.safe_dump(_plain(asdict(config)), sort_keys=False)
+        if Path(run_id).name != run_id:
+            raise UserError(f"run_id: {run_id!r} is no name of a folder: leave out the path")
         name = run_id or datetime.now(UTC).strftime("%Y%m%d-%H%M%S-") + os.urandom(2).hex()
         self.folder = Path(root).expanduser() / verb / name
         self._files: dict[str, TextIO] = {}
-        if self.folder.exists():
-            self._check_same(run_id)
+        unused = {file.name for file in self.folder.glob("*")} <= {"config.yaml", "command.txt"}
+        if self.folder.exists() and not unused:
+            self._check_same()
             return
         try:
-            self.folder.mkdir(parents=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             self.write("config.yaml", self._resolved)
             self.write("command.txt", _provenance())
         except OSError as error:
@@ -74,7 +78,7 @@ class Results:
             file.close()
         self.write("summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
 
-    def _check_same(self, run_id: str) -> None:
+    def _check_same(self) -> None:
         config = self.folder / "config.yaml"
         same = config.is_file() and config.read_text() == self._resolved
         done = self.finished

@@ -12,7 +12,7 @@ from experiments.arms import build, build_policy, check_arms, policy_of
 from experiments.curves import BIN, CURVES, ahead_from, bin_edges, length
 from experiments.decode import Decoded, OnRound, decode, recorded
 from experiments.live import Live
-from experiments.options import ModelOptions, SpeculationOptions, TextOptions
+from experiments.options import ModelOptions, SpeculationOptions, TextOptions, check_rule
 from experiments.plots import position_figure
 from experiments.report import arms_table
 from experiments.results import Results
@@ -52,6 +52,7 @@ class Run(ModelOptions, TextOptions, SpeculationOptions):
         TextOptions.__post_init__(self)
         SpeculationOptions.__post_init__(self)
         check_arms(self.arms, self.draft)
+        check_rule(self.acceptance, self.temperature, bool(self.path) or len(self.arms) > 1)
         if not self.path and policy_of(self.arms[0], self) == "oracle":
             raise UserError(
                 "arms: the first one writes the text, oracle needs it in advance: give a path, or "
@@ -68,12 +69,12 @@ def run(config: Run) -> dict[str, Any]:
     if results.finished is not None:
         print(f"run_id: {results.folder} is finished with the same config", file=sys.stderr)
         return _brief(results.finished)
+    pair = config.load()
+    for arm in config.arms:
+        build_policy(arm, pair, config)  # what does not fit is refused before anything runs
     measured = Measured(config, results)
     status = "interrupted"
     try:
-        pair = config.load()
-        for arm in config.arms:
-            build_policy(arm, pair, config)  # what does not fit is refused before anything runs
         for text in texts:
             current: Dialogue | RecordedDialogue = text
             for arm in config.arms:
@@ -178,11 +179,12 @@ class Measured:
         if pooled:
             longest = max(length(r) for texts in self._arms.values() for r in texts.values())
             summary["curves"] = self._curves(bin_edges(longest, BIN))
+        self._results.finish(summary)
+        if pooled:
             position_figure(
                 self._arms, ("overlap", "acceptance_length", "gamma"),
                 self._results.folder / "acceptance_vs_position.png", self._caption(), BIN,
             )  # fmt: skip
-        self._results.finish(summary)
         return summary
 
     def show(self, summary: dict[str, Any]) -> None:

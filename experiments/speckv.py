@@ -240,7 +240,8 @@ def _decision_ms(model: Any, steps: Records) -> float:
 
 
 def _bootstrap_p(differences: Array) -> float:
-    """Share of resampled means that are not above zero."""
+    """Share of resampled means that are not above zero; nan is not measured."""
+    differences = differences[~np.isnan(differences)]
     random = np.random.default_rng(SEED)
     means = [random.choice(differences, len(differences)).mean() for _ in range(RESAMPLES)]
     return float((np.array(means) <= 0).mean())

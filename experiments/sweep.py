@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments.curves import interval
+from experiments.curves import interval, over, worst
 from experiments.options import ModelOptions
 from experiments.report import number
 from experiments.workload import PathFile, RecordedDialogue
@@ -25,6 +25,7 @@ from tts.cached_model import CHUNK, CachedModel
 from tts.chat import ChatFormat
 from tts.coordinator import Coordinator
 from tts.distill.config import DistillConfig
+from tts.distill.learner import teacher_head
 from tts.drafting import Memory, make_drafter
 from tts.drafting.protocol import TrainableDrafter
 from tts.errors import UserError
@@ -96,7 +97,7 @@ def sweep(config: Sweep) -> dict[str, Any]:
     path = PathFile.read(config.path)
     sampling = Sampling(path.temperature, path.top_k, path.top_p, 0.0, path.repetition_penalty)
     pair = config.load()
-    size = config.distill.stride
+    size = min(distill.stride for _, distill, _ in settings)
     texts = {
         dialogue.id: read(pair, dialogue, sampling, size)
         for dialogue in track(path.dialogues[: config.conversations or None], "reading")
@@ -104,9 +105,9 @@ def sweep(config: Sweep) -> dict[str, Any]:
     static = {name: replay(pair, blocks, sampling, None) for name, blocks in texts.items()}
     lines = []
     for special, distill, memory in track(settings, "replaying"):
-        head = pair.target.get_output_embeddings().weight
         coordinator = None
         if config.draft_updates:
+            head = teacher_head(pair.target)
             coordinator = Coordinator(pair.draft, head, replace(distill, max_update_share=1.0))
         online = {
             name: replay(pair, blocks, sampling, coordinator, config.draft_window, memory)
@@ -216,12 +217,12 @@ def _show(lines: list[dict[str, Any]]) -> None:
         table.add_column(column, justify="left" if column == "setting" else "right")
     for line in lines:
         ratios = [
-            [o / s for o, s in zip(t["online"], t["static"], strict=True)]
-            + [sum(t["online"]) / sum(t["static"])]
+            [over(o, s) for o, s in zip(t["online"], t["static"], strict=True)]
+            + [over(sum(t["online"]), sum(t["static"]))]
             for t in line["thirds"].values()
         ]
         columns = [interval(column)[0] for column in zip(*ratios, strict=True)]
         name = " ".join(f"{k}={v}" for k, v in line["vary"].items()) or "default"
-        worst = min(ratio[-1] for ratio in ratios)
-        table.add_row(name, *(number(c, 3) for c in columns), number(worst, 3))
+        least = worst([ratio[-1] for ratio in ratios])
+        table.add_row(name, *(number(c, 3) for c in columns), number(least, 3))
     Console(width=140).print(table)

@@ -58,7 +58,6 @@ def _segments(
     decoder: SpeculativeDecoder, dialogue: RecordedDialogue, text: TextOptions, size: int
 ) -> Iterator[list[RoundRecord]]:
     """The rounds of each segment; a segment's first token but a turn's is given, not decoded."""
-    decoder.policy.reset()
     chat = Conversation(decoder)
     left = text.max_new_tokens
     for user, answer in zip(dialogue.turns, dialogue.answers, strict=True):

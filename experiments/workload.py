@@ -5,7 +5,10 @@ one ``{"turns": [...]}`` a line. A path file adds the tokens that answered each 
 """
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +51,7 @@ class PathFile:
     repetition_penalty: float
     dialogues: list[RecordedDialogue]
     compression: str = "none"  # of the target that wrote it
+    seed: int = 0  # of the run
 
     def write(self, file: Path) -> None:
         """Atomically."""
@@ -64,24 +68,35 @@ class PathFile:
             for d in dialogues:
                 if len(d.turns) != len(d.answers):
                     raise ValueError(f"{d.id}: {len(d.turns)} turns, {len(d.answers)} answers")
+                if not all(isinstance(x, int) for x in (d.seed, *chain(*d.answers))):
+                    raise ValueError(f"{d.id}: a seed or a token is no whole number")
+            if not dialogues or not all(d.answers and all(d.answers) for d in dialogues):
+                raise ValueError("a dialogue or an answer is empty")
+            _check_ids(dialogues)
             return cls(dialogues=dialogues, **fields)
+        except UserError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"path: {path!r} is not a recorded path ({error}): make one with `tts record`"
             ) from None
 
+    def check_target(self, models: ModelOptions) -> None:
+        """Tokens are those of one target."""
+        if self.target != models.target:
+            raise UserError(
+                f"target: {models.target!r} did not write this path, {self.target!r} did"
+            )
+
     def check(self, text: TextOptions, models: ModelOptions) -> None:
         """Paired arms must draft with the noise and the warping that the path was drawn with."""
-        for field in ("temperature", "top_p", "top_k", "repetition_penalty"):
+        for field in ("temperature", "top_p", "top_k", "repetition_penalty", "seed"):
             if getattr(self, field) != getattr(text, field):
                 raise UserError(
                     f"{field}: {getattr(text, field)} is not the {getattr(self, field)} that the "
                     "path was recorded with: use the same"
                 )
-        if self.target != models.target:
-            raise UserError(
-                f"target: {models.target!r} did not write this path, {self.target!r} did"
-            )
+        self.check_target(models)
         if self.compression != models.compression:
             raise UserError(
                 f"compression: {models.compression} is not the {self.compression} that the path "
@@ -102,14 +117,24 @@ def dialogues(options: TextOptions) -> list[Dialogue]:
     else:
         found = _parse(readable(name, "workload"))
     made = [
-        Dialogue(str(d.get("id", i)), [str(turn) for turn in d["turns"]], int(d.get("seed", i)))
-        for i, d in enumerate(found)
+        Dialogue(str(d.get("id", i)), d["turns"], d.get("seed", i)) for i, d in enumerate(found)
     ]
+    _check_ids(made)
     return made[: options.conversations or None]
 
 
+def _check_ids(found: Sequence[Dialogue | RecordedDialogue]) -> None:
+    """Raise UserError if two are called alike: what is measured is kept by these names."""
+    name, count = Counter(d.id for d in found).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"id: {count} conversations are called {name!r}: rename all but one")
+
+
 def _parse(file: Path) -> list[dict[str, Any]]:
-    text = file.read_text()
+    try:
+        text = file.read_text()
+    except UnicodeDecodeError:
+        raise UserError(f"workload: {file} is not text in UTF-8: save it as such") from None
     if not text.strip():
         raise UserError(f"workload: {file} is empty: give at least one conversation")
     try:
@@ -125,6 +150,8 @@ def _parse(file: Path) -> list[dict[str, Any]]:
         raise UserError(f"workload: {file} holds no conversation")
     for entry in data:
         turns = entry.get("turns") if isinstance(entry, dict) else None
-        if not isinstance(turns, list) or not turns:
+        if not isinstance(turns, list) or not turns or not all(isinstance(t, str) for t in turns):
             raise UserError(f'workload: {file} has an entry without "turns": [user text, ...]')
+        if not isinstance(entry.get("seed", 0), int):
+            raise UserError(f"workload: {file} has a seed {entry['seed']!r}: use a whole number")
     return data

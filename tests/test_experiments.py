@@ -4,23 +4,46 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
+from experiments import bench as bench_module
 from experiments import trackers
 from experiments.arms import build
 from experiments.cli import VERBS, main
-from experiments.curves import acceptance_curve, interval, overlap_curve, third_edges
+from experiments.compare import _table, read
+from experiments.curves import (
+    acceptance_curve,
+    ahead_from,
+    interval,
+    known,
+    over,
+    overlap_curve,
+    ratio_interval,
+    seconds_curve,
+    third_edges,
+    worst,
+)
 from experiments.distill_offline import DRAFTERS
 from experiments.options import SpeculationOptions
+from experiments.results import Results
 from experiments.workload import FOLDER, PathFile
 from tests import tiny
 from tests.test_engine import PROMPT, decode, greedy
 from tts.acceptance import Block
+from tts.distill.config import DistillConfig
 from tts.drafting import make_drafter
 from tts.errors import UserError
-from tts.metrics import distinct_4, distinct_4_windows, summarise
+from tts.metrics import (
+    acceptance_rate_per_offset,
+    distinct_4,
+    distinct_4_windows,
+    summarise,
+)
 from tts.models import load_pair
 from tts.records import RoundRecord
 
@@ -165,6 +188,18 @@ def test_a_recorded_path_is_what_later_runs_commit(tts, tmp_path):
         (["--path={broken}"], "not a recorded path"),
         (["--path={cut}"], "a: 2 turns, 1 answers"),
         (["--draft=/nowhere/at/all"], "draft: no folder"),
+        (["--path={path}", "--seed=3"], "seed: 3 is not the 0"),
+        (["--path={no_answer}"], "a dialogue or an answer is empty"),
+        (["--path={words}"], "no whole number"),
+        (["--workload={twice}"], "2 conversations are called 'x'"),
+        (["--workload={binary}"], "not text in UTF-8"),
+        (["--workload={numbers}"], '"turns"'),
+        (["--workload={seeds}"], "seed 'y'"),
+        (["--acceptance=block"], "use coupled, or one arm"),
+        (["--acceptance=greedy", "--arms=[target]"], "set that, or use another rule"),
+        (["--weights=/nowhere"], "weights: no folder"),
+        (["--run-id=../x"], "run_id: '../x'"),
+        (["--arms=static"], "write a list"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -172,9 +207,14 @@ def test_a_users_mistake_is_one_sentence_and_exit_code_2(tts, tmp_path, flags, m
     files = {"empty": "", "broken": "{", "shapeless": '{"conversations": [{"id": 1}]}',
              "long": json.dumps({"turns": ["a" * 600]}), "file": "x",
              "cut": json.dumps({"dialogues": [
-                 {"id": "a", "turns": ["b", "c"], "seed": 0, "answers": [[1]]}]})}  # fmt: skip
+                 {"id": "a", "turns": ["b", "c"], "seed": 0, "answers": [[1]]}]}),
+             "path": path_of([[1]]), "no_answer": path_of([[]]), "words": path_of([["b"]]),
+             "twice": '{"id": "x", "turns": ["b"]}\n{"id": "x", "turns": ["c"]}',
+             "numbers": '{"turns": [3]}', "seeds": '{"turns": ["b"], "seed": "y"}',
+             "binary": b"\xff"}  # fmt: skip
     for name, content in files.items():
-        (tmp_path / name).write_text(content)
+        content = content if isinstance(content, bytes) else content.encode()
+        (tmp_path / name).write_bytes(content)
     flags = [flag.format(**{name: tmp_path / name for name in files}) for flag in flags]
     code, _, err = tts("run", *flags)
     assert code == 2
@@ -182,6 +222,38 @@ def test_a_users_mistake_is_one_sentence_and_exit_code_2(tts, tmp_path, flags, m
     assert message in err
     assert len(err.strip().splitlines()) == 1
     assert "Traceback" not in err
+
+
+def path_of(answers):
+    """A path file of one dialogue, as `tts record` writes it."""
+    dialogue = {"id": "a", "turns": ["b"], "seed": 0, "answers": answers}
+    return json.dumps({
+        "target": "t", "dtype": "float32", "temperature": 0.8, "top_p": 0.95, "top_k": 0,
+        "repetition_penalty": 1.0, "dialogues": [dialogue],
+    })  # fmt: skip
+
+
+def test_a_run_id_is_not_used_up_by_a_mistake(tts, tmp_path):
+    assert tts("run", "--run-id=again", "--arms=[static]", "--draft=/nowhere")[0] == 2
+    assert tts("run", "--run-id=again", "--arms=[static]")[0] == 0
+
+
+def test_an_interrupted_recording_keeps_its_answers(tts, tmp_path, monkeypatch):
+    import experiments.decode
+    import experiments.record
+
+    def interrupted(decoder, dialogue, text, on_round, done):
+        def stop(turn, record):
+            if turn == 1:
+                raise KeyboardInterrupt
+
+        return experiments.decode.decode(decoder, dialogue, text, stop, done)
+
+    monkeypatch.setattr(experiments.record, "decode", interrupted)
+    code, _, _ = tts("record", f"--out={tmp_path / 'p.json'}", "--turn-tokens=8")
+    assert code == 130
+    (dialogue,) = PathFile.read(str(tmp_path / "p.json")).dialogues
+    assert [len(answer) for answer in dialogue.answers] == [8]
 
 
 def test_an_interruption_keeps_what_was_measured_and_exits_with_130(tts, tmp_path, monkeypatch):
@@ -394,11 +466,112 @@ def test_curves_put_positions_and_rounds_into_their_bins():
     assert third_edges(3000) == [0, 1000, 2000, 3000]
 
 
+def record(position, drafted, accepted, emitted, **more):
+    return RoundRecord(0, position, 9, drafted, drafted, accepted, emitted, None, **more)
+
+
+def test_rounds_that_did_not_draft_so_far_say_nothing_of_an_offset():
+    rows = [record(0, 4, 4, 5), record(5, 1, 0, 1), record(6, 0, 0, 1)]
+    assert acceptance_rate_per_offset(rows) == [0.5, 1, 1, 1]
+
+
+def test_the_adapted_share_is_of_tokens():
+    rows = [record(0, 4, 2, 3), record(3, 0, 0, 1, adapted=True)]
+    assert summarise(rows).adapted_share == 0.25
+
+
+def test_an_arm_is_ahead_from_where_it_stays_ahead():
+    def rounds(*ms):
+        return [record(10 * i, 0, 0, 10, total_ms=x) for i, x in enumerate(ms)]
+
+    edges, static = [0, 10, 20, 30, 40], rounds(100, 100, 100, 100)
+    assert seconds_curve(static, edges).value == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert ahead_from(static, rounds(120, 70, 70, 70), edges) == 20
+    assert ahead_from(static, rounds(90, 120, 70, 70), edges) == 30
+    assert ahead_from(static, rounds(90, 70, 70, 180), edges) is None
+    assert ahead_from(static, rounds(90, 70, 70, 70), [0, 250]) == 40  # not beyond the output
+
+
+def test_ratios_are_over_the_first_arm():
+    made = {
+        name: {"static": [1.0] * 4, "draft": [ratio] * 4}
+        for name, ratio in (("a", 2.0), ("b", 4.0))
+    }
+    cells = list(_table("overlap", made, ["static", "draft"]).columns[2].cells)
+    assert all(cell.startswith("3.000 [") and cell.endswith("worst 2.000") for cell in cells[-2:])
+
+
+def test_a_conversation_of_two_runs_is_that_of_the_first(tmp_path):
+    for name, ms in (("one", 1.0), ("two", 2.0)):
+        (tmp_path / name).mkdir()
+        row = asdict(record(0, 0, 0, 10, total_ms=ms)) | {"arm": "static", "conversation": "a"}
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    arms = read([str(tmp_path / "one"), str(tmp_path / "two")])
+    assert arms["static"]["a"][0].total_ms == 1.0
+
+
+def test_an_unfinished_run_is_not_taken_for_done(tmp_path):
+    config = DistillConfig()
+    Results(str(tmp_path), "run", "x", config).finish({"status": "interrupted"})
+    with pytest.raises(UserError, match="unfinished"):
+        Results(str(tmp_path), "run", "x", config)
+
+
+def test_speed_is_of_the_tokens_after_the_prefill(monkeypatch):
+    times = iter([0.0, 10.0, 11.0, 12.0])
+    monkeypatch.setattr(bench_module.time, "perf_counter", lambda: next(times))
+    clock = bench_module.Clock()
+    for count in (50, 1, 3, 3):
+        clock.put(torch.zeros(count))
+    monkeypatch.undo()
+    assert clock.tokens_per_second == 3.0
+
+
+def test_arms_take_turns_at_going_first_and_write_equally_many(tmp_path, monkeypatch):
+    calls = []
+
+    def arm(name):
+        def run(prompt, config, seed, clock):
+            calls.append((name, seed, config.min_new_tokens, config.max_new_tokens))
+            for count in (4, 1, 2):
+                clock.put(torch.zeros(count))
+
+        return run
+
+    monkeypatch.setattr(bench_module.Bench, "load", lambda self: None)
+    monkeypatch.setattr(bench_module, "_prompts", lambda *_: [torch.zeros(1, 4)] * 3)
+    monkeypatch.setattr(bench_module, "_arms", lambda *_: {name: arm(name) for name in "abc"})
+    path = str(FOLDER / "paths" / "judge.json")
+    bench_module.bench(bench_module.Bench(
+        path=path, segments=3, segment_tokens=7, results=str(tmp_path), run_id="r"
+    ))  # fmt: skip
+    timed = calls[3:]  # after the warm-up
+    assert "".join(name for name, *_ in timed) == "abcbcacab"
+    assert {tuple(lengths) for _, _, *lengths in timed} == {(7, 7)}
+    assert [seed for _, seed, *_ in timed] == [0] * 3 + [1] * 3 + [2] * 3
+
+
 def test_intervals_are_over_conversations():
+    values = np.random.default_rng(1).normal(size=200)
+    mean, low, high = interval(values.tolist())
+    error = values.std() / 200**0.5  # of 95 %
+    assert (high - mean) / error == pytest.approx(1.96, rel=0.08)
+    assert (mean - low) / error == pytest.approx(1.96, rel=0.08)
     mean, low, high = interval([1.0, 2.0, 3.0, 4.0])
     assert mean == 2.5
     assert 1.4 < low < 2.5 < high < 3.6
     assert interval([5.0])[1] != interval([5.0])[1]  # nan: one conversation has no interval
+
+
+def test_ratios_are_of_sums_and_paired():
+    fast, slow = np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0])
+    assert ratio_interval(slow, fast) == (2.0, 2.0, 2.0)  # paired: every resample has it
+    value, low, high = ratio_interval(np.array([2.0, 2.0, 6.0]), fast)
+    assert value == pytest.approx(10 / 6)
+    assert low < value < high
+    assert known(ratio_interval(slow[:1], fast[:1])) == [2.0, None, None]
+    assert np.isnan(over(1.0, 0.0))
+    assert worst([float("nan"), 2.0, 1.0]) == 1.0
 
 
 def test_the_shipped_workload_is_split_evenly_and_has_no_turn_twice():

@@ -118,3 +118,10 @@ def test_leave_not_to_draft_is_taken_where_drafting_does_not_pay(pays):
     other = OrNone(Fixed(4))
     other.load_state_dict(policy.state_dict())
     assert repr(other.state_dict()) == repr(policy.state_dict())
+
+
+def test_a_policys_own_time_is_priced():
+    slow = [RoundRecord(0, 0, 9, 2, 2, 0, 1, None, total_ms=12.5, policy_ms=2.5)] * 4
+    fast = [RoundRecord(0, 0, 9, 2, 2, 0, 1, None, total_ms=10.0)] * 4
+    found = compare({"fixed 2": {"x": fast}, "gamma": {"x": slow}}, ["fixed 2"])
+    assert found["arms"]["gamma"]["priced_over_best_fixed"][0] == pytest.approx(0.8)
