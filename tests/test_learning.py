@@ -1,6 +1,7 @@
 """The draft learns while it decodes: the text stays the target's, the bases stay as they were."""
 
 import copy
+import dataclasses
 import itertools
 import math
 
@@ -9,13 +10,15 @@ import torch
 
 from controllers import make_policy
 from controllers.mlp import Mlp
-from tests import tiny
+from tests import heads, tiny
 from tests.test_engine import ARCHITECTURES, PROMPT, greedy, sampled
+from tests.test_engine import decode as plain
 from tests.test_policies import timed
 from tts.cached_model import CachedModel
-from tts.coordinator import Coordinator
+from tts.coordinator import WARM, Coordinator
 from tts.distill.config import DistillConfig
-from tts.distill.learner import Learner
+from tts.distill.learner import Learner, teacher_head
+from tts.distill.losses import LOSSES
 from tts.drafting.autoregressive import AutoregressiveDrafter
 from tts.drafting.protocol import Window
 from tts.engine import SpeculativeDecoder
@@ -277,11 +280,105 @@ def test_the_guard_takes_back_what_loses(after, event):
     check_the_guard_takes_back(after, event)
 
 
-def test_learning_stops_within_its_share_of_time():
+def test_what_a_lost_adapter_left_in_the_cache_goes_with_it():
+    # far too high a rate: what is taken back has to be gone, or the draft stays broken
+    config = DistillConfig(stride=4, window=8, rank=4, learning_rate=0.5, max_update_share=1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Coordinator, "_step", lose_once(Coordinator._step))
+        result = decode(learnable(noise=0.1), sampled(300), config)
+    static = decode(learnable(noise=0.1), sampled(300), None)
+    late, bare = (
+        [x for r in result.rounds for x in r.overlap][-150:] for result in (result, static)
+    )
+    assert [r.update.event for r in result.rounds if r.update][-1] == "reset"
+    assert late == pytest.approx(bare, abs=1e-5)
+
+
+def lose_once(honest):
+    """There is no further update once the adapter was taken back."""
+
+    def step(self, *args):
+        record = honest(self, *args)
+        if record.event == "reset":
+            self.config = dataclasses.replace(self.config, stride=1000, capacity=4000)
+        return record
+
+    return step
+
+
+def test_the_guard_goes_back_to_what_it_has_judged():
+    # the thirteenth step destroys the adapter, of which every judgement so far was good
+    honest, steps = Learner.step, []
+
+    def step(self, windows, *args):
+        done = honest(self, windows, *args)
+        steps.append(self.adapter.snapshot())
+        if len(steps) == 13:
+            with torch.no_grad():
+                for parameter in self.adapter.parameters().values():
+                    parameter.normal_(std=1.0)
+        return done._replace(gain=0.1 if len(steps) < 14 else -3.0)
+
+    restored = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Learner, "step", step)
+        patch.setattr(Learner, "restart", lambda self, values: restored.append(values))
+        config = DistillConfig(stride=4, window=8, rank=4, learning_rate=0.01, max_update_share=1.0)
+        decode(learnable(), sampled(80), config)
+    # the gain of step 13 was that of the adapter before it
+    assert all(torch.equal(restored[0][name], value) for name, value in steps[11].items())
+
+
+def test_an_adapter_that_is_no_number_is_taken_back_and_the_text_goes_on():
+    honest = Learner.step
+
+    def step(self, windows, *args):
+        done = honest(self, windows, *args)
+        if self.steps == 3:
+            with torch.no_grad():
+                for parameter in self.adapter.parameters().values():
+                    parameter.fill_(math.nan)
+        return done
+
+    for acceptance in ("rejection", "block", "coupled"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Learner, "step", step)
+            config = DistillConfig(stride=4, window=8, rank=4, max_update_share=1.0)
+            result = decode(learnable(), sampled(120), config, acceptance=acceptance)
+        assert len(result.tokens) == 120
+        events = [r.update.event for r in result.rounds if r.update]
+        assert "reset" in events
+        assert all(math.isfinite(x) for r in result.rounds for x in r.overlap)
+
+
+def test_a_sequence_is_learned_alike_the_second_time():
+    policy = make_policy("fixed", gamma=4)
+    config = dataclasses.replace(EAGER, replay=1)
+    decoder = SpeculativeDecoder(learnable(), policy=policy, distill=config, acceptance="coupled")
+    losses = [
+        [r.update.loss for r in decoder.generate(PROMPT, generation_config=sampled(60)).rounds
+         if r.update]
+        for _ in range(2)
+    ]  # fmt: skip
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("field", ["bias", "logits_scaling", "final_logit_softcapping"])
+def test_a_target_whose_logits_are_more_than_its_head_is_not_learned_from(field):
     pair = learnable()
-    distill = DistillConfig(stride=1, window=8, rank=4, max_update_share=0.02)
-    summary = decode(pair, sampled(200), distill).summary()
-    assert summary.num_updates < len(decode(pair, sampled(200)).rounds) / 2
+    if field == "bias":
+        pair.target.lm_head.bias = torch.nn.Parameter(torch.zeros(64))
+    else:
+        setattr(pair.target.config, field, 8.0)
+    with pytest.raises(UserError, match=field):
+        SpeculativeDecoder(pair, policy=make_policy("fixed"), distill=EAGER)
+
+
+def test_a_window_that_a_head_cannot_learn_from_is_refused():
+    with pytest.raises(UserError, match="window: 1"):
+        SpeculativeDecoder(
+            heads.eagle3_pair(), policy=make_policy("fixed"), distill=DistillConfig(window=1)
+        )
 
 
 def test_the_time_of_a_round_holds_its_update():
@@ -322,17 +419,18 @@ def test_scope_sequence_forgets_and_scope_session_carries_on():
 
 def test_recomputed_keys_are_those_of_the_weights_as_they_are():
     pair = learnable()
-    results = {
-        keys: decode(
-            pair, sampled(),
-            DistillConfig(stride=1, window=8, rank=4, learning_rate=0.01, max_update_share=1.0,
-                          keys=keys),
-        )
-        for keys in ("keep", "recompute")
-    }  # fmt: skip
-    assert results["keep"].tokens == results["recompute"].tokens
-    kept, recomputed = (results[k].summary().mean_overlap for k in ("keep", "recompute"))
-    assert kept != recomputed
+    learner = learner_of(pair, learning_rate=0.05)
+    drafter = AutoregressiveDrafter(learner.adapter.live, 64)
+    drafter.prefill(TOKENS, None)
+    learner.step([window_of(pair, TOKENS)], 1.0)
+    learner.adapter.write()
+    fresh = CachedModel(learner.adapter.live).feed([*TOKENS[:-1], 5])
+    stale = drafter._cached.feed([5])
+    drafter.commit(len(TOKENS), None)
+    drafter.recompute(TOKENS, 40)
+    assert (stale.logits - fresh.logits).abs().max() > 1e-2
+    now = drafter._cached.feed([5]).logits
+    torch.testing.assert_close(now, fresh.logits, atol=1e-4, rtol=1e-4)
 
 
 def test_state_goes_on_where_it_was_saved():
@@ -374,6 +472,13 @@ def test_a_saved_state_goes_on_in_another_decoder(tmp_path):
     torch.testing.assert_close(*live)
     with pytest.raises(UserError, match="another policy"):
         load_state(decoder(distill=None), file)
+    other = decoder(distill=dataclasses.replace(distill, alpha=320.0))
+    before = other.policy.network.weights.copy()
+    with pytest.raises(UserError, match="alpha"):
+        load_state(other, file)
+    assert (other.policy.network.weights == before).all()  # all or nothing
+    with pytest.raises(UserError, match="cannot write"):
+        save_state(one, tmp_path / "nowhere" / "state")
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match="cannot read"):
         load_state(two, file)
@@ -408,11 +513,11 @@ def test_evidence_is_bounded_and_windows_never_span_a_prompt():
     [
         ("loss", "mse"), ("rank", 0), ("learning_rate", float("nan")), ("learning_rate", -1.0),
         ("scope", "forever"), ("keys", "burn"), ("max_update_share", 0.0),
-        ("window", 4096), ("beta1", 1.0),
+        ("window", 4096), ("stride", 1024), ("beta1", 1.0),
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused_by_name(field, value):
-    with pytest.raises(UserError, match="capacity" if field == "window" else field):
+    with pytest.raises(UserError, match="capacity" if field in ("window", "stride") else field):
         DistillConfig(**{field: value})
 
 
@@ -453,3 +558,183 @@ def test_other_architectures_learn_or_say_why_not(architecture):
         return
     alone = decode(pair, sampled(), None, seed=5).tokens
     assert decode(pair, sampled(), seed=5).tokens == alone
+
+
+@pytest.mark.parametrize(("config", "temperature"), [(sampled(10), 0.9), (greedy(10), 1.0)])
+def test_the_draft_learns_at_the_temperature_of_decoding(monkeypatch, config, temperature):
+    seen, honest = set(), Coordinator.update
+
+    def update(self, lesson, sequence, settled, at):
+        seen.add(at)
+        return honest(self, lesson, sequence, settled, at)
+
+    monkeypatch.setattr(Coordinator, "update", update)
+    decode(learnable(), config)
+    assert seen == {temperature}
+
+
+def test_nothing_is_learned_where_overlap_is_yet_to_be_measured():
+    results = [plain(learnable(), 0, sampled(40), seed=3, distill=d) for d in (None, EAGER)]
+    assert results[1].summary().num_updates == 0
+    overlaps = [result.summary().mean_overlap for result in results]
+    assert overlaps[0] == pytest.approx(overlaps[1], abs=1e-6)
+
+
+def test_the_time_of_rounds_pays_for_updates(monkeypatch):
+    seconds = itertools.count()
+    monkeypatch.setattr("tts.stopwatch.Stopwatch._now", lambda self: float(next(seconds)))
+    distill = DistillConfig(stride=4, window=8, rank=4, max_update_share=0.9)
+    assert decode(learnable(), sampled(40), distill).summary().num_updates > 2
+
+
+def test_nothing_is_learned_after_the_last_round():
+    rounds = decode(learnable(), greedy(20)).rounds
+    assert sum(r.update is not None for r in rounds) > 3
+    assert rounds[-1].update is None
+
+
+def course(**fields):
+    """A coordinator, a lesson, a function that shows the rows before ``end``; its steps."""
+    pair, given = learnable(), {"stride": 4, "window": 8, "rank": 4, "learning_rate": 0.01}
+    config = DistillConfig(**given | {"max_update_share": 1.0} | fields)
+    coordinator = Coordinator(pair.draft, teacher_head(pair.target), config)
+    drafter = AutoregressiveDrafter(coordinator.live, pair.target.config.vocab_size)
+    lesson, sequence = coordinator.lesson(drafter), [*TOKENS, *TOKENS[::-1]]
+    rows, shown, steps = rows_of(pair.target, sequence), [1], []
+    drafter.prefill(sequence, None)
+
+    def teach(end, ms=0.0):
+        coordinator.observe(lesson, rows[shown[0] - 1 : end - 1], True, ms)
+        shown[0] = end
+        return coordinator.update(lesson, sequence[:end], end, 1.0)
+
+    honest = coordinator.learner.step
+
+    def step(*args):
+        steps.append(args)
+        return honest(*args)
+
+    coordinator.learner.step = step
+    return coordinator, lesson, teach, steps
+
+
+def test_what_updates_took_is_spent(monkeypatch):
+    _, _, teach, _ = course(max_update_share=0.1)
+    tenths = itertools.count()
+    monkeypatch.setattr("tts.coordinator.time.perf_counter", lambda: 0.1 * next(tenths))
+    assert teach(9, 1200.0)  # 100 ms are expected, 120 allowed
+    assert teach(17, 10.0) is None  # 100 are spent
+
+
+def test_the_guard_judges_on_rows_that_no_step_has_seen():
+    _, _, teach, steps = course()
+    assert teach(9)
+    assert teach(13)
+    windows, _, _, fresh = steps[1]
+    assert (windows[0].rows.first, windows[0].rows.end, fresh) == (5, 13, 9)
+
+
+def test_the_best_adapter_is_kept():
+    coordinator, *_ = course()
+    coordinator._updates = WARM
+    best = coordinator.learner.adapter.snapshot()
+    coordinator._judge(0.2, best)
+    coordinator._judge(0.0, {})
+    assert coordinator._gain > 0.01
+    assert coordinator._good is best
+
+
+def test_a_new_sequence_is_judged_anew():
+    coordinator, lesson, teach, _ = course()
+    teach(9)
+    coordinator._gain, coordinator._best, coordinator._patience = -0.1, 0.3, 4
+    coordinator.lesson(lesson.drafter)
+    state = coordinator.state_dict()
+    assert [state[n] for n in ("gain", "best", "updates", "patience")] == [0, 0, 0, 1]
+
+
+def test_after_a_taking_back_judgement_begins_anew_at_half_the_rate():
+    coordinator, *_ = course()
+    coordinator._updates, coordinator._gain = WARM, -0.5
+    rate = coordinator.learner.rate
+    assert coordinator._judge(-0.5, {}) == "reset"
+    assert (coordinator._gain, coordinator._updates) == (0, 0)
+    assert coordinator.learner.rate == rate / 2
+
+
+def test_what_is_replayed_is_older_than_the_newest_window():
+    _, _, teach, steps = course(replay=2, window=4)
+    for end in range(5, 30, 4):
+        teach(end)
+    assert any(len(windows) > 1 for windows, *_ in steps)
+    for (newest, *older), *_ in steps:
+        assert all(window.rows.end <= newest.rows.first for window in older)
+
+
+def test_what_is_drawn_ends_before_the_position():
+    evidence, random = Evidence(100), torch.Generator().manual_seed(0)
+    for first in (0, 5, 10):
+        evidence.add(Rows(first, torch.zeros(5, 1)))
+    assert {evidence.draw(4, 12, random).end for _ in range(40)} == {5, 10}
+    assert evidence.draw(4, 3, random) is None
+
+
+def test_the_best_adapter_and_the_draws_are_saved():
+    one, two = course()[0], course()[0]
+    one._updates = WARM
+    one._judge(0.5, one.learner.adapter.snapshot())
+    torch.rand(3, generator=one.learner.random)
+    two.load_state_dict(one.state_dict())
+    assert two._good.keys() == one._good.keys()
+    assert torch.equal(one.learner.random.get_state(), two.learner.random.get_state())
+
+
+def test_the_bare_draft_of_a_second_sequence_has_keys_of_its_own():
+    coordinator, _, teach, steps = course(scope="session")
+    assert teach(9)
+    drafter, sequence = AutoregressiveDrafter(coordinator.live, 64), [*TOKENS[::-1], *TOKENS]
+    second = coordinator.lesson(drafter)
+    drafter.prefill(sequence, None)
+    rows = rows_of(tiny.model("llama3.1"), sequence)
+    coordinator.observe(second, rows[20:], True, 0.0)
+    assert coordinator.update(second, sequence, len(sequence), 1.0)
+    *_, bare, fresh = steps[-1]
+    expected = coordinator._draft(torch.tensor([sequence])).logits[0, fresh - 1 : -1]
+    torch.testing.assert_close(bare, expected, atol=1e-4, rtol=1e-4)
+
+
+def learner_of(pair, **fields):
+    config = DistillConfig(rank=4, **fields)
+    return Learner(pair.draft, AutoregressiveDrafter, teacher_head(pair.target), config)
+
+
+def test_the_teacher_is_the_target_at_the_temperature():
+    pair = learnable()
+    said = learner_of(pair).log_p(rows_of(pair.target, TOKENS), 0.5)
+    expected = (pair.target(torch.tensor([TOKENS[:-1]])).logits[0] / 0.5).log_softmax(-1)
+    torch.testing.assert_close(said, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_learner_that_begins_anew_has_no_moments():
+    pair = learnable()
+    learner = learner_of(pair, learning_rate=0.01)
+    for goes_on, rate in ((lambda: learner.restart(None), 0.005), (learner.reset, 0.01)):
+        learner.step([window_of(pair, TOKENS)], 1.0)
+        goes_on()
+        assert learner.rate == rate
+        assert not any(name.startswith("optimizer.") for name in learner.state_dict())
+        assert not learner.taught
+
+
+def test_divergences_by_hand():
+    p, q = torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([[0.1, 0.3, 0.6]])
+    middle = (p + q) / 2
+
+    def kl(a, b):
+        return float((a * (a / b).log()).sum())
+
+    expected = {
+        "forward_kl": kl(p, q), "reverse_kl": kl(q, p), "jsd": (kl(p, middle) + kl(q, middle)) / 2
+    }  # fmt: skip
+    for name, value in expected.items():
+        assert LOSSES[name](p.log(), q.log()).item() == pytest.approx(value, abs=1e-6)

@@ -5,6 +5,7 @@ wall time allows it, it first lets the bare draft and the adapted one compete on
 came after the last step (the guard), then takes the next step and rewrites the live weights.
 """
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from tts.distill.config import DistillConfig
+from tts.distill.config import RAREST, DistillConfig
 from tts.distill.learner import Learner
 from tts.drafting import Draft, trainable
 from tts.drafting.protocol import TrainableDrafter
@@ -23,7 +24,6 @@ SMOOTHING = 0.85  # of the gain, an update's weight among those before
 WARM = 4  # updates before the guard judges
 TOLERANCE = 0.005  # overlap that the adapter may lose against the bare draft
 WORTHWHILE = 0.005  # overlap gained below which updates become rarer
-RAREST = 4  # strides between two updates, at most
 FIRST_MS = 100.0  # what an update is taken to cost before one was measured
 IDLE_SHARE = 0.2  # of the allowed time, where no tokens are drafted
 
@@ -147,13 +147,14 @@ class Coordinator:
             for _ in range(config.replay)
         ]
         older = [drafter.window(sequence, old) for old in drawn if old and len(old) >= least]
+        judged = learner.adapter.snapshot()  # the gain is that of the adapter before the step
         step = learner.step([newest, *older], temperature, bare, fresh)
-        event = "skipped" if step.skipped else None
         gain = step.gain if config.guard else None
-        if gain is not None:
-            event = self._judge(gain) or event
+        taken_back = None if gain is None else self._judge(gain, judged)
         learner.adapter.write()
-        if config.keys == "recompute":
+        if taken_back is not None:  # the keys of what is gone go with it
+            drafter.recompute(sequence, len(sequence))
+        elif config.keys == "recompute":
             drafter.recompute(sequence, config.window)
         return UpdateRecord(
             loss=step.loss,
@@ -162,20 +163,21 @@ class Coordinator:
             overlap=step.overlap,
             gain=gain,
             smoothed_gain=self._gain if config.guard else None,
-            event=event,
+            event=taken_back or ("skipped" if step.skipped else None),
             adapter_version=learner.adapter.version,
         )
 
-    def _judge(self, gain: float) -> str | None:
-        """Act on how the adapter did against the bare draft; returns what was done."""
+    def _judge(self, gain: float, judged: dict[str, torch.Tensor]) -> str | None:
+        """Act on how the adapter ``judged`` did against the bare draft; returns what was done."""
         self._gain += (gain - self._gain) * max(1 - SMOOTHING, 1 / (1 + self._updates))
-        if self._updates < WARM:
+        diverged = not math.isfinite(gain)
+        if self._updates < WARM and not diverged:
             return None
         self._patience = min(2 * self._patience, RAREST) if self._gain < WORTHWHILE else 1
         learner = self.learner
         if self._gain >= TOLERANCE and self._gain >= self._best:
-            self._best, self._good = self._gain, learner.adapter.snapshot()
-        elif self._gain < -TOLERANCE:
+            self._best, self._good = self._gain, judged
+        elif diverged or self._gain < -TOLERANCE:
             good = self._good
             learner.restart(good)
             self._forget()

@@ -52,7 +52,7 @@ def _each(do: Callable[[torch.Tensor], torch.Tensor], rows: Rows) -> Any:
 
 
 class Evidence:
-    """The newest on-path rows of one sequence, at most ``capacity``.
+    """The newest ``capacity`` on-path rows of one sequence, and what else their rounds brought.
 
     A row costs its hidden state, 576 numbers for the default model instead of 49,152 logits; the
     frozen head recomputes the teacher when it is needed. Prompts between answers leave gaps.

@@ -17,8 +17,13 @@ from tts.engine import SpeculativeDecoder
 from tts.errors import UserError
 
 
-def save_state(decoder: SpeculativeDecoder, file: Path) -> None:
-    """Write everything that ``decoder`` has learned, atomically."""
+def save_state(decoder: SpeculativeDecoder, file: Path | str) -> None:
+    """Write everything that ``decoder`` has learned, atomically.
+
+    Raises:
+        UserError: if ``file`` cannot be written.
+    """
+    file = Path(file)
     tensors: dict[str, torch.Tensor] = {}
     numbers: dict[str, Any] = {}
     for name, value in _state(decoder).items():
@@ -29,7 +34,10 @@ def save_state(decoder: SpeculativeDecoder, file: Path) -> None:
         else:
             numbers[name] = value
     partial = file.with_suffix(".partial")
-    save_file(tensors, partial, {"numbers": json.dumps(numbers)})
+    try:
+        save_file(tensors, partial, {"numbers": json.dumps(numbers)})
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"state: cannot write {file} ({error}): choose another place") from None
     partial.rename(file)
 
 
@@ -50,11 +58,11 @@ def load_state(decoder: SpeculativeDecoder, file: Path) -> None:
             f"state: {file} was saved by another policy or without the learner: use the settings "
             "it was saved with"
         )
-    policy = {k.removeprefix("policy."): v for k, v in state.items() if k.startswith("policy.")}
-    decoder.policy.load_state_dict(policy)
-    if decoder.coordinator is not None:
+    if decoder.coordinator is not None:  # which may refuse it: then nothing has changed
         draft = {k.removeprefix("draft."): v for k, v in state.items() if k.startswith("draft.")}
         decoder.coordinator.load_state_dict(draft)
+    policy = {k.removeprefix("policy."): v for k, v in state.items() if k.startswith("policy.")}
+    decoder.policy.load_state_dict(policy)
 
 
 def _state(decoder: SpeculativeDecoder) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from tts.errors import UserError
 
 SCOPES = ("sequence", "session")
 KEYS = ("keep", "recompute")
+RAREST = 4  # strides between two updates, at most: updates that gain nothing become rarer
 
 
 @dataclass(frozen=True)
@@ -76,4 +77,7 @@ class DistillConfig:
             check(field, getattr(self, field) >= 0, "at least 0")
         for field in ("beta1", "beta2"):
             check(field, 0 <= getattr(self, field) < 1, "in [0, 1)")
-        check("capacity", self.capacity >= self.window, f"at least the window of {self.window}")
+        least = max(self.window, RAREST * self.stride)  # what the rarest update has to find
+        check(
+            "capacity", self.capacity >= least, f"at least the window and {RAREST} strides, {least}"
+        )

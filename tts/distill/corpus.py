@@ -31,7 +31,8 @@ class Shard:
     def save(self, folder: Path, temperature: float) -> None:
         """Add to the corpus in ``folder``; a shard appears whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"{len(list(folder.glob('*.safetensors'))):05d}.safetensors"
+        taken = (int(file.stem) for file in folder.glob("*.safetensors"))  # some may be deleted
+        name = f"{max(taken, default=-1) + 1:05d}.safetensors"
         tensors = {
             "tokens": self.tokens.int(),
             "counts": self.counts.to(torch.uint8),
@@ -170,5 +171,5 @@ def read_tokens(file: Path, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     for row, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):
         end = min(len(sequence), length)
         tokens[row, :end] = sequence[:end]
-        counts[row, start - 1 : end - 1] = True
+        counts[row, max(0, start - 1) : end - 1] = True
     return tokens, counts

@@ -19,6 +19,28 @@ from tts.drafting.protocol import TrainableDrafter, Window
 from tts.errors import UserError
 from tts.evidence import Rows
 
+SCALES = ("logits_scaling", "logit_scale", "final_logit_softcapping")
+
+
+def teacher_head(target: PreTrainedModel) -> torch.Tensor:
+    """Weight `[vocab, hidden]` that alone makes ``target``'s logits of its hidden states.
+
+    Raises:
+        UserError: if they have a bias, a scale or a cap as well.
+    """
+    head: Any = target.get_output_embeddings()
+    text = target.config.get_text_config()
+    odd = [name for name in SCALES if getattr(text, name, None) not in (None, 1)]
+    if getattr(head, "bias", None) is not None:
+        odd.append("a bias of the head")
+    if odd:
+        raise UserError(
+            f"distill: the target's logits depend on {', '.join(odd)}, which no draft learns from "
+            "here: decode without learning"
+        )
+    weight: torch.Tensor = head.weight
+    return weight
+
 
 class Step(NamedTuple):
     """What a step did."""
@@ -50,6 +72,11 @@ class Learner:
     ) -> None:
         targets = config.targets or family.targets
         layers = family.adaptable(draft) if config.layers is None else config.layers
+        if config.window < family.least_rows:
+            raise UserError(
+                f"window: {config.window} is too short for this draft, which learns from "
+                f"{family.least_rows} positions or more"
+            )
         if family.shares_keys:
             _check_keys("targets", targets, family.targets)
             _check_keys("layers", layers, family.adaptable(draft))
@@ -58,12 +85,13 @@ class Learner:
         ids = getattr(draft, "draft_ids", slice(draft.get_output_embeddings().weight.shape[0]))
         self._head, self._ids = head.detach(), ids
         self._width = len(head[ids])
-        self.random = torch.Generator().manual_seed(config.seed)
+        self.random = torch.Generator()
         self.reset()
 
     def reset(self) -> None:
         """Forget everything learned; the live weights follow with the next `Adapter.write`."""
         self.taught = False  # whether BA is not zero
+        self.random.manual_seed(self.config.seed)
         self.adapter.reset()
         self.rate = self.config.learning_rate
         self._start()
@@ -154,6 +182,7 @@ class Learner:
             "steps": torch.tensor(self.steps),
             "taught": torch.tensor(self.taught),
             "rate": torch.tensor(self.rate, dtype=torch.float64),
+            "alpha": torch.tensor(self.config.alpha, dtype=torch.float64),
             "random": self.random.get_state(),
         }
         for name, parameter in self.adapter.parameters().items():
@@ -166,15 +195,15 @@ class Learner:
         """Take up what `state_dict` gave, live weights included.
 
         Raises:
-            UserError: if it belongs to another draft or rank.
+            UserError: if it belongs to another draft, rank or alpha.
         """
         parameters = self.adapter.parameters()
         own = {f"adapter.{name}": p.shape for name, p in parameters.items()}
         given = {k: v.shape for k, v in state.items() if k.startswith("adapter.")}
-        if own != given:
+        if own != given or float(state["alpha"]) != self.config.alpha:
             raise UserError(
-                "state: it belongs to another draft, rank or set of layers: load it with the "
-                "settings it was saved with"
+                "state: it belongs to another draft, rank, alpha or set of layers: load it with "
+                "the settings it was saved with"
             )
         self.rate = float(state["rate"])
         self._start()
