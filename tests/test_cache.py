@@ -97,6 +97,14 @@ def test_the_cache_is_transformers_own_and_crops_like_it():
     assert cache.get_seq_length() == 2
 
 
+def test_a_window_wider_than_the_models_own_is_refused():
+    config = tiny.config("sliding")  # of 6 positions
+    for window in (3, 6):
+        assert RollbackCache(config, window).layers[0].window == window
+    with pytest.raises(UserError, match="window: 8 is wider"):
+        RollbackCache(config, 8)
+
+
 def test_a_layer_that_cannot_be_rolled_back_is_refused():
     with pytest.raises(UserError, match="LinearAttentionAndFullAttentionLayer"):
         _rollback(LinearAttentionAndFullAttentionLayer(), None, BLOCK)

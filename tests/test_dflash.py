@@ -271,6 +271,8 @@ def test_the_neurons_that_write_nothing_are_left_out_first():
         ({"mask_token_id": 64}, "mask_token_id 64"),
         ({"block_size": 1}, "block_size 1"),
         ({"layer_types": ["sliding_attention", "full_attention"]}, "sliding_attention"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ({"is_causal": True}, "is_causal"),
         ({"num_hidden_layers": 3}, "lacks the tensors"),
         ({"intermediate_size": 63}, "down_proj"),
     ],
@@ -279,3 +281,8 @@ def test_bad_folders_are_refused_in_one_sentence(target_folder, tmp_path, change
     z_lab(dflash(tiny.model("llama3.1")), tmp_path / "draft", **changes)
     with pytest.raises(UserError, match=says):
         load_pair(str(target_folder), str(tmp_path / "draft"), dtype="float32")
+
+
+def test_a_long_prompt_in_pieces_is_read_alike(monkeypatch):
+    monkeypatch.setattr("tts.drafting.dflash.CHUNK", 3)
+    test_a_block_is_what_the_formulas_say()

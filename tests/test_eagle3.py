@@ -192,6 +192,9 @@ def test_what_is_saved_is_the_layout_of_speculators_and_loads_unchanged(target_f
         ("layer", "hidden states"),
         ("d2t", "d2t"),
         ("field", "hidden_size"),
+        ("sliding", "sliding_attention"),
+        ("tokens", "use_aux_hidden_state: false"),
+        ("unnamed", "lacks d2t"),
         ("none", "neither"),
     ],
 )
@@ -201,6 +204,8 @@ def test_bad_folders_are_refused_in_one_sentence(target_folder, tmp_path, damage
         "width": {"target_hidden_size": 48}, "vocabulary": {"vocab_size": 65},
         "layer": {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 7]}},
         "field": {"hidden_size": None},
+        "sliding": {"layer_types": ["sliding_attention"], "sliding_window": 8},
+        "tokens": {"eagle_config": {"use_aux_hidden_state": False}},
     }.get(damage, {})  # fmt: skip
     folder, tensors = official(made, tmp_path / "draft", **changes)
     if damage == "missing":
@@ -209,6 +214,8 @@ def test_bad_folders_are_refused_in_one_sentence(target_folder, tmp_path, damage
         tensors["surplus"] = torch.zeros(1)
     if damage == "shape":
         tensors["norm.weight"] = torch.zeros(31)
+    if damage == "unnamed":
+        del tensors["d2t"]
     if damage == "d2t":
         tensors["d2t"] = tensors["d2t"] + 60
     save_file(tensors, folder / "model.safetensors")
@@ -228,3 +235,17 @@ def test_a_pickle_with_code_in_it_is_not_opened(target_folder, tmp_path):
     torch.save({"fc.weight": Trap()}, folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="more than tensors"):
         load_pair(str(target_folder), str(folder))
+
+
+def test_a_long_prompt_in_pieces_is_read_alike(monkeypatch):
+    made, said = eagle3_pair(num_hidden_layers=2), []
+    sequence = [3, 17, 5, 40, 9, 21, 33, 8, 60, 2]
+    features = features_of(made.target, sequence)
+    for chunk in (512, 3):
+        monkeypatch.setattr("tts.drafting.eagle3.CHUNK", chunk)
+        drafter = make_drafter(made.draft, 64, 4)
+        rows = Recorded(drafter)
+        drafter.prefill(sequence, features[:-1])
+        rows.propose(sequence, 2)
+        said.append(torch.cat(rows.logits))
+    torch.testing.assert_close(*said, atol=1e-4, rtol=1e-4)

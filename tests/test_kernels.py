@@ -10,6 +10,7 @@ from tests import tiny
 from tts import attention as attention_module
 from tts.attention import MAX_SHORT_ROWS, SHORT, STEP, _by_halves, attention
 from tts.cached_model import CachedModel
+from tts.errors import UserError
 from tts.lean import join_low_rank, separate
 from tts.llama import straighten
 from tts.packing import ROWS, PackedLinear, can_pack, pack
@@ -84,15 +85,24 @@ def test_a_growing_context_brings_few_shapes_to_the_kernels(monkeypatch):
     assert len(shapes) == 2 + 3 + 3 + 3
 
 
-def test_attention_honours_a_given_mask_and_refuses_softcap():
+def test_values_may_be_narrower_than_keys():
+    query, key, value = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 4)
+    output, _ = attention(nn.Identity(), query, key, value, None)
+    mask = torch.ones(3, 9, dtype=torch.bool).tril(6)
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+    torch.testing.assert_close(output, expected.transpose(1, 2))
+
+
+def test_attention_honours_a_given_mask_and_refuses_what_it_lacks():
     query, key = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 6, 8)
     mask = torch.rand(1, 1, 3, 6) > 0.4
     mask[..., 0] = True
     output, _ = attention(nn.Identity(), query, key, key, mask)
     expected = F.scaled_dot_product_attention(query, key, key, attn_mask=mask).transpose(1, 2)
     torch.testing.assert_close(output, expected)
-    with pytest.raises(NotImplementedError, match="softcap"):
-        attention(nn.Identity(), query, key, key, None, softcap=5.0)
+    for name in ("softcap", "s_aux"):
+        with pytest.raises(UserError, match=name):
+            attention(nn.Identity(), query, key, key, None, **{name: torch.ones(2)})
 
 
 HEADS = [(9, 3), (4, 4), (8, 1)]
@@ -232,6 +242,13 @@ def test_what_an_adapter_adds_to_one_of_several_joined_layers_is_added_to_its_ow
     torch.testing.assert_close(joined, said(), rtol=2**-6, atol=2**-6)
 
 
+def test_the_straight_llama_reads_embeddings():
+    plain, straight = (tiny.model("llama3.1") for _ in range(2))
+    straighten(straight)
+    rows = torch.randn(1, 4, 32)
+    assert torch.equal(straight(inputs_embeds=rows).logits, plain(inputs_embeds=rows).logits)
+
+
 def test_the_straight_llama_leaves_the_rest_to_transformers():
     model = tiny.model("llama3.1")
     ids = torch.tensor([[3, 17, 5, 40]])
@@ -246,3 +263,13 @@ def test_the_straight_llama_leaves_the_rest_to_transformers():
     model.requires_grad_(True)
     model(ids).logits.sum().backward()
     assert model.model.layers[0].mlp.up_proj.weight.grad is not None
+
+
+def test_padding_is_not_seen():
+    model = tiny.model("llama3.1")
+    alone = model(torch.tensor([[5, 6, 7]])).logits[0]
+    padded = model(
+        torch.tensor([[9, 9, 5, 6, 7]]), attention_mask=torch.tensor([[0, 0, 1, 1, 1]]),
+        position_ids=torch.tensor([[0, 0, 0, 1, 2]]),
+    ).logits[0, 2:]  # fmt: skip
+    torch.testing.assert_close(padded, alone, atol=1e-4, rtol=1e-4)

@@ -115,6 +115,14 @@ def test_the_oldest_positions_make_room(capacity):
     assert newest.argmax() == words(8)[-1].argmax()
 
 
+def test_ids_that_the_draft_lacks_are_not_raised():
+    full = lesson().recall(flat(states(1, seed=5)), 8).logits
+    narrow = lesson().recall(flat(states(1, seed=5), 8), 8).logits
+    assert narrow.shape == (1, 8)
+    few, all_ids = ((x.exp() - 1)[0] / x.shape[1] for x in (narrow, full))
+    torch.testing.assert_close(few, all_ids[:8])
+
+
 def test_ids_without_a_column_are_not_raised():
     columns = torch.tensor([0, 3, 4, 7, 11])
     raised = lesson(columns=columns).recall(flat(states(1, seed=5), 5), 8).logits
@@ -187,3 +195,22 @@ def test_settings_that_remember_nothing_are_refused(field, value):
 def test_copies_alone_have_no_states_to_remember_by():
     with pytest.raises(UserError, match="prompt_lookup has no states"):
         make_drafter(PromptLookup(), 64, memory=Memory())
+
+
+def test_what_the_draft_is_never_asked_for_is_not_kept():
+    recall = Recall(Memory(capacity=4, width=IDS), None, IDS)
+    for first in range(0, 30, 3):
+        recall.hear(words(3), first)
+    assert sorted(recall._said) == [26, 27, 28, 29]
+
+
+def test_a_later_turn_is_remembered_without_empty_states():
+    decoder = SpeculativeDecoder(
+        PAIRS["eagle3"](), policy=make_policy("fixed", gamma=2), memory=Memory()
+    )
+    session = decoder.session()
+    for _ in range(2):
+        decoder.generate(PROMPT, generation_config=greedy(20), session=session)
+    memory = session.drafter.memory
+    norms = np.linalg.norm(memory._keys[: memory._count], axis=1)
+    assert (norms > 0.9).all()

@@ -5,7 +5,15 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GenerationConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+)
 
 import tts.models
 from controllers import make_policy
@@ -127,6 +135,7 @@ def test_transformers_can_run_a_reduced_draft_as_an_assistant(folders):
     [
         ({"dtype": "int3"}, "dtype: 'int3'"),
         ({"device": "toaster"}, "device: 'toaster'"),
+        ({"device": "meta"}, "device: 'meta' is not supported"),
         ({"draft": "/no/such/folder"}, "draft: no folder"),
         ({"target": "./nowhere"}, "target: no folder"),
     ],
@@ -135,6 +144,33 @@ def test_bad_arguments_are_refused_by_name(folders, kwargs, match):
     arguments = {"target": str(folders / "target"), "draft": str(folders / "draft")} | kwargs
     with pytest.raises(UserError, match=match):
         load_pair(**arguments)
+
+
+@pytest.mark.parametrize("special", ["sinks", "cap"])
+def test_attention_that_no_other_has_is_left_to_transformers(special, tmp_path):
+    common = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "eos_token_id": None, "bos_token_id": None, "pad_token_id": None,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    if special == "sinks":
+        made = GptOssForCausalLM(
+            GptOssConfig(**common, num_local_experts=2, num_experts_per_tok=1, sliding_window=8)
+        )
+        for layer in made.model.layers:
+            layer.self_attn.sinks.data.normal_(std=3.0)
+    else:
+        made = Gemma2ForCausalLM(Gemma2Config(**common, attn_logit_softcapping=0.5))
+    for weight in made.parameters():
+        if weight.dim() > 1:
+            weight.data.normal_(std=0.3)
+    folder = str(tiny.save(made, tmp_path))
+    pair = load_pair(folder, folder, dtype="float32")
+    plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    prompt = torch.tensor([[3, 4, 5]])
+    expected = plain.generate(prompt, max_new_tokens=30, do_sample=False)
+    assert generate(pair).sequences.tolist() == expected.tolist()
 
 
 def test_an_unpackaged_target_needs_a_named_draft(folders):
@@ -146,6 +182,9 @@ def test_a_folder_without_a_model_is_one_sentence(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="cannot load"):
         load_pair(str(tmp_path), str(tmp_path))
+    (tmp_path / "draft").mkdir()
+    with pytest.raises(UserError, match="draft"):
+        load_pair("smollm2-135m", str(tmp_path / "draft"))
 
 
 def test_a_missing_package_says_the_one_command(monkeypatch, tmp_path):

@@ -25,9 +25,12 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
+from tts.errors import UserError
+
 MAX_SHORT_ROWS = 32  # beyond this the scores no longer fit the caches and the fused kernel wins
 STEP = 64  # positions, see above
 SHORT = 1024  # keys up to which halves are not worth their operations
+ELSEWHERE = ("softcap", "s_aux", "sinks", "position_bias")  # what this attention cannot do
 HALVES = 2  # of the keys; divides `STEP`
 
 
@@ -49,13 +52,22 @@ def attention(
 
     Returns:
         The output `[batch, rows, heads, head_dim]` and None for the weights, as transformers asks.
+
+    Raises:
+        UserError: for a cap or sinks, which would be ignored.
     """
-    if kwargs.get("softcap") is not None:
-        raise NotImplementedError("attention 'tts' has no softcap; load with another attention")
+    odd = [name for name in ELSEWHERE if kwargs.get(name) is not None]
+    if odd:
+        raise UserError(
+            f"attention: this model's has {', '.join(odd)}, which 'tts' lacks: load it through "
+            "load_pair, or with attn_implementation='eager'"
+        )
     rows, context = query.shape[2], key.shape[2]
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    if rows <= MAX_SHORT_ROWS and attention_mask is None and query.device.type == "cpu":
+    alike = key.shape[-1] == value.shape[-1]  # not so in latent attention
+    here = alike and query.device.type == "cpu"
+    if rows <= MAX_SHORT_ROWS and attention_mask is None and here:
         if rows == 1 and query.dtype == torch.float32:
             together = query.view(query.shape[0], key.shape[1], -1, query.shape[3])
             output = F.scaled_dot_product_attention(together, key, value, scale=scaling)

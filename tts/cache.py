@@ -106,7 +106,8 @@ class RollbackCache(Cache):
         block: see `RollbackLayer`.
 
     Raises:
-        UserError: if a layer type can be neither rolled back nor snapshotted.
+        UserError: if a layer type can be neither rolled back nor snapshotted, or sees less than
+            ``window`` by itself.
     """
 
     def __init__(
@@ -196,7 +197,12 @@ def _rollback(layer: Any, window: int | None, block: int) -> Any:
         return RollbackLayer(window, block)
     if type(layer) is DynamicSlidingWindowLayer:
         narrow = layer.sliding_window
-        return RollbackLayer(narrow if window is None else min(narrow, window), block)
+        if window is not None and window > narrow:
+            raise UserError(
+                f"window: {window} is wider than the model's own sliding window of {narrow}: use "
+                "at most that, or none"
+            )
+        return RollbackLayer(window or narrow, block)
     if type(layer) is LinearAttentionLayer:
         return layer
     raise UserError(

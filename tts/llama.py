@@ -53,7 +53,7 @@ def _forward(
     **kwargs: Any,
 ) -> BaseModelOutputWithPast:
     """`LlamaModel.forward`, shorter for a pass that appends tokens to a `RollbackCache`."""
-    asked = {name for name, value in kwargs.items() if value}
+    asked = {name for name, value in kwargs.items() if value is not None and value is not False}
     asked -= {"use_cache", "output_hidden_states"}
     plain = (
         isinstance(past_key_values, RollbackCache)

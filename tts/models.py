@@ -175,6 +175,8 @@ def check_device(dtype: str, device: str) -> None:
         kind = torch.device(device).type
     except RuntimeError:
         raise UserError(f"device: {device!r} is not a device: use cpu or cuda") from None
+    if kind not in ("cpu", "cuda"):
+        raise UserError(f"device: {device!r} is not supported: use cpu or cuda")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device: {device!r} was asked for, but PyTorch sees no GPU: use cpu")
 
@@ -253,7 +255,8 @@ def _file(folder: str, field: str) -> Path:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{field}: cannot load {folder!r}: {reason}") from None
-    assert file is not None
+    if file is None:
+        raise UserError(f"{field}: {folder!r} has no config.json: give a model's folder")
     return Path(file)
 
 
@@ -280,6 +283,8 @@ def _load(
         **quantization(compression, DTYPES[dtype], device),
     )
     check_layers(model)
+    if not model._supports_sdpa:  # sinks, caps: what neither PyTorch's attention nor ours has
+        model.set_attn_implementation("eager")
     if compression == "none":  # else it was loaded to its device, and some forms cannot move
         model = model.to(device)
     model = model.eval().requires_grad_(False)

@@ -70,6 +70,8 @@ class ChainDrafter(ABC):
             self.memory.see(states, end - len(states))
 
     def _recall(self, rows: Rows, first: int) -> Rows:
+        # a draft that learning has broken says nothing, until the guard takes that back
+        rows = Rows(*(x.nan_to_num(0.0, 0.0, 0.0) for x in (rows.hidden, rows.logits)))
         return rows if self.memory is None else self.memory.recall(rows, first)
 
     @abstractmethod

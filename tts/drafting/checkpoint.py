@@ -116,13 +116,41 @@ def lend(model: Any, target: PreTrainedModel, names: Set[str] = LENT) -> None:
         model.lm_head.weight = nn.Parameter(rows, requires_grad=False)
 
 
+def refuse(asked: dict[str, Any], file: Path) -> None:
+    """Raise UserError, naming what a configuration asks for that these models cannot do.
+
+    Args:
+        asked: by name; None, false, zero and a factor of 1 ask for nothing.
+        file: the configuration.
+    """
+    odd = sorted(k for k, value in asked.items() if value is True or value not in (None, 0, 1))
+    if odd:
+        raise UserError(
+            f"draft: {file} asks for {', '.join(odd)}, which is not supported: use another draft"
+        )
+
+
+def odd_attention(layer: dict[str, Any]) -> dict[str, Any]:
+    """What a layer's configuration asks for beside full attention with all of a head rotated."""
+    kinds = layer.get("layer_types") or [layer.get("use_sliding_window") and "use_sliding_window"]
+    rope = layer.get("rope_parameters") or layer
+    return {kind: kind for kind in kinds if kind != "full_attention"} | {
+        "partial_rotary_factor": rope.get("partial_rotary_factor")
+    }
+
+
 def draft_ids(tensors: Tensors, size: int, vocab: int, folder: Path) -> torch.Tensor:
     """Target ids `[size]` of the draft's columns from ``d2t``, which holds offsets to the index.
 
     Raises:
-        UserError: if an id lies outside the target's vocabulary.
+        UserError: if an id lies outside the target's vocabulary, or nothing says which they are.
     """
     tensors.pop("t2d", None)  # says the same the other way round
+    if "d2t" not in tensors and size != vocab:
+        raise UserError(
+            f"draft: {folder} drafts {size} of {vocab} ids and lacks d2t, which names them: fetch "
+            "it whole"
+        )
     offsets = tensors.pop("d2t", torch.zeros(size, dtype=torch.long)).long()
     ids = torch.arange(len(offsets)) + offsets
     if len(ids) != size or not 0 <= int(ids.min()) <= int(ids.max()) < vocab:

@@ -78,6 +78,13 @@ def save(model: DFlash, folder: Path) -> None:
     )
 
 
+# of a block: where its first draft comes from, whether its rows see each other, and scales
+UNSUPPORTED = (
+    "sample_from_anchor", "shift_label", "is_causal", "final_logit_softcapping",
+    "output_multiplier", "input_embedding_scale",
+)  # fmt: skip
+
+
 def _config(published: dict[str, Any], file: Path) -> DFlashConfig:
     """The drafter's configuration from either layout."""
     if "speculators_model_type" in published:
@@ -86,10 +93,9 @@ def _config(published: dict[str, Any], file: Path) -> DFlashConfig:
     else:
         inner, layer = published["dflash_config"], published
         layers = tuple(i + 1 for i in inner["target_layer_ids"])
-    kinds = set(layer.get("layer_types") or ()) - {"full_attention"}
-    if kinds or inner.get("sample_from_anchor"):
-        odd = ", ".join(sorted(kinds)) or "sample_from_anchor"
-        raise UserError(f"draft: {file} asks for {odd}, which is not supported: use another draft")
+    asked = {name: inner.get(name) for name in UNSUPPORTED}
+    asked["domino"] = inner.get("projector_type") == "domino"
+    checkpoint.refuse(asked | checkpoint.odd_attention(layer), file)
     return DFlashConfig(
         **checkpoint.layer_config(layer),
         num_hidden_layers=layer["num_hidden_layers"],

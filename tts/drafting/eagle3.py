@@ -27,7 +27,8 @@ class Eagle3Drafter(FeatureDrafter):
 
     def prefill(self, sequence: list[int], features: torch.Tensor | None) -> None:
         self.commit(len(sequence), features)
-        hidden = self._read(sequence[:-1], min(self.hears, len(sequence) - 1))
+        pairs = max(0, len(sequence) - 2 - self._held)  # that are new
+        hidden = self._read(sequence[:-1], min(self.hears, pairs))
         self._see(norm(hidden[0], self._model.norm), len(sequence))
 
     @torch.inference_mode()

@@ -45,7 +45,7 @@ def configure(published: dict[str, Any], text: PreTrainedConfig, folder: Path) -
             have, or a setting that is missing.
     """
     try:
-        config = _config(published, text)
+        config = _config(published, text, folder / "config.json")
     except KeyError as error:
         raise UserError(f"draft: {folder}/config.json lacks {error}: fetch it again") from None
     wanted = text.hidden_size, text.vocab_size
@@ -129,8 +129,12 @@ def save(model: Eagle3, folder: Path) -> None:
     checkpoint.write(model, model.state_dict(), published, "llama", folder)
 
 
-def _config(published: dict[str, Any], text: PreTrainedConfig) -> Eagle3Config:
+def _config(published: dict[str, Any], text: PreTrainedConfig, file: Path) -> Eagle3Config:
     """The head's configuration from either layout."""
+    asked = checkpoint.odd_attention(published.get("transformer_layer_config", published))
+    own = published.get("eagle_config") or {}
+    asked["use_aux_hidden_state: false"] = own.get("use_aux_hidden_state") is False
+    checkpoint.refuse(asked, file)
     if "speculators_model_type" in published:
         layer = checkpoint.layer_config(published["transformer_layer_config"])
         width = published.get("target_hidden_size") or layer["hidden_size"]
@@ -144,7 +148,7 @@ def _config(published: dict[str, Any], text: PreTrainedConfig) -> Eagle3Config:
             layer.pop("rope_parameters", None)
             layer["rope_theta"] = 10000.0
         width = published.get("target_hidden_size") or layer["hidden_size"]
-        ids = (published.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+        ids = own.get("eagle_aux_hidden_state_layer_ids")
         layers = tuple(i + 1 for i in ids) if ids else read_layers(text.num_hidden_layers)
         count = published.get("num_hidden_layers", 1)
     return Eagle3Config(

@@ -128,6 +128,8 @@ class Recall:
         weight = np.exp(self._memory.sharpness * (likeness - 1))
         columns = self._columns[nearest].reshape(len(states), -1)
         shares = (weight[..., None] * self._probs[nearest]).reshape(columns.shape)
+        width = rows.logits.shape[1]  # a target of more ids may name some that the draft lacks
+        shares, columns = shares * (columns < width), columns.clip(max=width - 1)
         # what several neighbours say of a column counts together
         shares = np.stack([np.bincount(c, s)[c] for c, s in zip(columns, shares, strict=True)])
         said = rows.logits.float()
