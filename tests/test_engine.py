@@ -7,7 +7,7 @@ from transformers import GenerationConfig
 from controllers import make_policy
 from tests import tiny
 from tts.drafting import chain
-from tts.engine import SpeculativeDecoder
+from tts.engine import MAX_LAG, SpeculativeDecoder
 
 PROMPT = torch.tensor([[3, 17, 5, 40, 9]])
 ARCHITECTURES = ["llama3.1", "qwen3", "qwen3.5", "sliding"]
@@ -248,3 +248,33 @@ def test_time_that_a_policy_takes_is_policy_time(monkeypatch):
         questions = max(0, r.num_drafted - 1)  # the plan's last token needs none
         assert (r.policy_ms, r.verify_ms) == (1000.0 * questions, 0.0)
         assert r.draft_ms == 10_000.0 * r.num_drafted
+
+
+def test_overlap_behind_an_end_inside_a_block_is_not_counted():
+    pair, inside = tiny.pair(noise=0.03), 0
+    for eos in decode(pair, 0, greedy()).tokens[60:80]:
+        result = decode(pair, 8, greedy(eos_token_id=eos))
+        inside += result.rounds[-1].num_emitted <= result.rounds[-1].num_accepted
+        positions = sorted(p for r in result.rounds for p in r.overlap_position)
+        assert positions == list(range(len(result.tokens)))
+    assert inside
+
+
+def test_overlap_waits_for_so_many_positions_at_most():
+    rounds = decode(tiny.pair(), 0, sampled(MAX_LAG + 20)).rounds
+    assert [len(r.overlap) for r in rounds if r.overlap] == [MAX_LAG, 20]
+
+
+def test_nothing_is_drafted_that_could_not_be_kept():
+    pair = tiny.pair(noise=0.0)  # whatever is drafted is accepted
+    prompt = torch.randint(0, 64, (1, 500), generator=torch.Generator().manual_seed(0))
+    for config in (greedy(12), greedy(100)):
+        result = decode(pair, 8, config, prompt=prompt)
+        assert (result.sequences.shape[1], result.finish_reason) == (512, "length")
+        assert all(r.num_emitted == r.num_accepted + 1 for r in result.rounds)
+
+
+def test_the_time_of_the_prompt_is_that_of_the_first_round():
+    times = [r.prefill_ms for r in decode(tiny.pair(), 2, greedy(20)).rounds]
+    assert times[0] > 0
+    assert set(times[1:]) == {0.0}

@@ -5,8 +5,6 @@ import torch
 
 from controllers import make_policy
 from tests import tiny
-from tests.test_engine import PROMPT, decode, greedy, sampled
-from tests.test_laws import ALPHA, VOCAB, honest, p_value
 from tts.acceptance import Coupled
 from tts.drafting import make_drafter
 from tts.drafting.pard import PardDrafter
@@ -52,37 +50,6 @@ def test_every_row_is_that_of_a_context_that_ends_in_masks(window):
         seen_keys = (key <= query) & (key > query - (window or length))
         expected = pair.draft(torch.tensor([fed]), attention_mask=seen_keys[None, None]).logits
         torch.testing.assert_close(rows[j], expected[0, -1], atol=1e-5, rtol=1e-4)
-
-
-def test_greedy_text_is_the_targets():
-    pair = parallel()
-    for fields in ({}, {"repetition_penalty": 1.3}):
-        expected = pair.target.generate(PROMPT, generation_config=greedy(**fields), do_sample=False)
-        accepted = 0
-        for gamma in (0, 1, 4, 8):
-            result = decode(pair, gamma, greedy(**fields))
-            assert result.sequences.tolist() == expected.tolist()
-            accepted += sum(r.num_accepted for r in result.rounds)
-        assert accepted > 20
-
-
-def test_coupled_text_does_not_depend_on_the_draft():
-    texts = [
-        decode(pair, gamma, sampled(), seed=5).tokens
-        for pair in (parallel(), parallel(0.3), tiny.pair("llama3.1", noise=0.03))
-        for gamma in (0, 1, 4)
-    ]
-    assert all(text == texts[0] for text in texts)
-
-
-def test_rejection_of_independent_drafts_keeps_the_law():
-    pair = parallel(noise=0.5, vocab=VOCAB, layers=1, mask=7)
-    assert p_value(pair, 4000, honest) > ALPHA
-
-
-def test_overlap_is_known_at_every_position():
-    result = decode(parallel(), 4, sampled(100))
-    assert sorted(p for r in result.rounds for p in r.overlap_position) == list(range(100))
 
 
 def test_what_cannot_be_is_refused():

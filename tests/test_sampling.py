@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GenerationConfig
+from transformers import GenerationConfig, TopKLogitsWarper, TopPLogitsWarper
 
 from tests import tiny
 from tts.acceptance import (
@@ -78,6 +78,15 @@ def test_a_nucleus_wider_than_the_first_look_is_found():
     kept = Warper(Sampling(1.0, top_p=0.5), 0)(logits[:, :9000] + torch.rand(9000) * 0.1, [], 0)
     assert min(len(row.ids) for row in kept) > 4000
     assert [row.probs.sum() for row in kept] == pytest.approx([1, 1])
+
+
+def test_a_nucleus_is_of_the_mass_of_the_top_k_wherever_they_lie():
+    probs = torch.tensor([0.9465, *[0.0055] * 9, *[9e-5] * 40])
+    logits = (probs / probs.sum()).log()[None]
+    config = {"temperature": 1.0, "top_k": 50, "top_p": 0.95}
+    (row,) = Warper(Sampling(**config), 0)(logits, [], 0)
+    theirs = TopPLogitsWarper(0.95)(None, TopKLogitsWarper(50)(None, logits))
+    assert len(row.ids) >= int(theirs.isfinite().sum()) == 2  # and what is tied with the last
 
 
 def test_what_lies_below_the_floors_of_the_first_looks_is_found():

@@ -109,10 +109,15 @@ class Rejection:
 
     The random numbers come from one generator, so the text depends on draft and lengths, its law
     does not.
+
+    Args:
+        seed: of the generator,
+        start: with the absolute position of the first token, so that turns of a conversation
+            differ.
     """
 
-    def __init__(self, seed: int) -> None:
-        self._random = np.random.default_rng(seed & BITS)
+    def __init__(self, seed: int, start: int = 0) -> None:
+        self._random = np.random.default_rng((seed & BITS, start))
 
     def draw(self, q: Distribution, position: int) -> int:
         return self._choose(q.ids, q.probs)
@@ -193,12 +198,13 @@ class Coupled:
     decoding.
     """
 
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
+    def __init__(self, seed: int, start: int = 0) -> None:
+        self._seed = seed  # positions key the noise
 
     def draw(self, q: Distribution, position: int) -> int:
         noise = exponential_noise(self._seed, position, q.ids)
-        return int(q.ids[(noise / q.probs).argmin()])
+        with np.errstate(divide="ignore"):  # banned ids
+            return int(q.ids[(noise / q.probs).argmin()])
 
     def judge(
         self, p: list[Distribution], q: list[Distribution], drafts: list[int], first: int
@@ -247,7 +253,7 @@ class Recorded:
 
 
 # by the name that is asked for; "greedy" is what all of them are at temperature 0
-RULES: dict[str, Callable[[int], AcceptanceRule]] = {
+RULES: dict[str, Callable[[int, int], AcceptanceRule]] = {
     "rejection": Rejection, "block": Block, "coupled": Coupled
 }  # fmt: skip
 ACCEPTANCE = ("greedy", *RULES)

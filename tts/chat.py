@@ -6,6 +6,7 @@ from those in its cache. So the fixed texts between the turns are read off the t
 
 from dataclasses import dataclass
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from tts.errors import UserError
@@ -26,7 +27,8 @@ class ChatFormat:
         """Read the pieces off ``tokenizer``'s chat template.
 
         Raises:
-            UserError: if there is no template, or it does not keep the turns in order.
+            UserError: if there is no template, it refuses a system prompt, or it does not keep the
+                turns in order.
         """
         if not tokenizer.chat_template:
             raise UserError(
@@ -40,7 +42,12 @@ class ChatFormat:
         ]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise UserError(f"target: its chat template refuses this dialogue: {error}") from None
         parts = [text]
         for turn in range(3):
             head, mark, tail = parts[-1].partition(_MARK % turn)
@@ -62,6 +69,6 @@ class ChatFormat:
         if not previous:
             return self.opening + text_ids + self.reply
         between = self.next_user
-        if previous[-1] == between[0]:
+        if between and previous[-1] == between[0]:
             between = between[1:]
         return between + text_ids + self.reply

@@ -18,7 +18,7 @@ from transformers.generation.stopping_criteria import (
 from tts.errors import UserError
 
 # model inputs that follow from input_ids and the decoder's own caches
-_IMPLIED = {"use_cache", "logits_to_keep", "position_ids", "cache_position"}
+_IMPLIED = {"use_cache", "logits_to_keep", "cache_position"}
 
 
 def check_handover(
@@ -32,14 +32,18 @@ def check_handover(
     """Refuse by name whatever would otherwise be ignored.
 
     Raises:
-        UserError: another model than the decoder's target, padding, a filled cache, a logits
-            processor that does not come from ``config``, or an unknown model input.
+        UserError: another model than the decoder's target, padding, positions other than 0, 1, ...,
+            a filled cache, a logits processor that does not come from ``config``, or an unknown
+            model input.
     """
     if model is not target:
         raise UserError("custom_generate: the decoder was made for another target: make a new one")
     mask = kwargs.pop("attention_mask", None)
     if mask is not None and not bool((mask == 1).all()):
         raise UserError("attention_mask: padding cannot be honoured: decode one sequence at a time")
+    places = kwargs.pop("position_ids", None)
+    if places is not None and places.flatten().tolist() != list(range(input_ids.shape[1])):
+        raise UserError("position_ids: only 0, 1, 2, ... can be honoured: leave them out")
     cache = kwargs.pop("past_key_values", None)
     if cache is not None and cache.get_seq_length() > 0:
         raise UserError(
@@ -60,10 +64,24 @@ def check_handover(
             )
 
 
-def own_criteria(criteria: StoppingCriteriaList | None) -> StoppingCriteriaList:
-    """The criteria that do not come from fields that the decoder honours by itself."""
-    known = (MaxLengthCriteria, EosTokenCriteria, MaxTimeCriteria)
-    return StoppingCriteriaList(c for c in criteria or [] if not isinstance(c, known))
+def own_criteria(
+    criteria: StoppingCriteriaList | None, config: GenerationConfig
+) -> StoppingCriteriaList:
+    """The criteria that do not come from fields of ``config``, which are honoured as such."""
+    eos = config.eos_token_id
+    ids = {eos} if eos is None or isinstance(eos, int) else set(eos)
+
+    def repeats(criterion: Any) -> bool:
+        match criterion:
+            case MaxLengthCriteria():
+                return bool(criterion.max_length == config.max_length)
+            case MaxTimeCriteria():
+                return bool(criterion.max_time == config.max_time)
+            case EosTokenCriteria():
+                return set(criterion.eos_token_id.tolist()) == ids
+        return False
+
+    return StoppingCriteriaList(c for c in criteria or [] if not repeats(c))
 
 
 def _same(a: Any, b: Any) -> bool:

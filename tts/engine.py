@@ -89,7 +89,7 @@ class _Run:
     rule: AcceptanceRule
     warp: Warper
     stopping: Stopping
-    temperature: float  # at which the draft learns; 1 where decoding is greedy
+    sampling: Sampling
     start: int  # length of the prompt
     end: int  # the sequence may not grow beyond
 
@@ -110,8 +110,8 @@ class SpeculativeDecoder:
             the draft as it is).
 
     Raises:
-        UserError: for an unknown rule, a window below 1, or a draft that cannot do what ``distill``
-            or ``memory`` asks of it.
+        UserError: for an unknown rule, a window below 1, or a draft or target that cannot do what
+            ``distill`` or ``memory`` asks of it.
     """
 
     def __init__(
@@ -132,11 +132,16 @@ class SpeculativeDecoder:
         self._draft_window, self._lookup, self._memory = draft_window, lookup, memory
         self.coordinator = None if distill is None else _coordinator(pair, distill)
         text = pair.target.config.get_text_config()
+        if not hasattr(text, "max_position_embeddings"):
+            raise UserError(
+                "target: its config has no max_position_embeddings: choose one with a known context"
+            )
         self._context: int = text.max_position_embeddings
         self._vocab_size: int = text.vocab_size
 
     def session(self) -> Session:
         """Empty caches for a sequence; hand it to `generate` again to extend the sequence."""
+        self.policy.reset()
         draft = self.pair.draft if self.coordinator is None else self.coordinator.live
         drafter = make_drafter(draft, self._vocab_size, self._draft_window, self._memory)
         lesson = None
@@ -175,9 +180,9 @@ class SpeculativeDecoder:
             UserError: for a prompt that is empty, batched or longer than the context, and for
                 settings that cannot be honoured.
         """
-        session = session or self.session()
-        prompt = self._prompt(input_ids, session)
-        start = len(session.sequence) + len(prompt)
+        before = 0 if session is None else len(session.sequence)
+        prompt = self._prompt(input_ids, before)
+        start = before + len(prompt)
         sampling, limits = resolve(self.pair.target, generation_config, start)
         warp = Warper(sampling, start)
         end = min(start + limits.max_new_tokens, self._context)
@@ -185,14 +190,38 @@ class SpeculativeDecoder:
             self._rule(sampling, seed, path, start),
             warp,
             Stopping(sampling, limits, self.pair.tokenizer, stopping_criteria),
-            sampling.temperature or 1.0,
+            sampling,
             start,
             end if path is None else min(end, start + len(path)),
         )
+        session = session or self.session()  # what is refused has changed nothing so far
         if streamer is not None:
             streamer.put(input_ids)
-        session.drafter.begin(lambda columns: Warper(sampling, start, columns))
         session.sequence.extend(prompt)
+        try:
+            rounds = self._rounds(session, run, streamer, on_round)
+        except BaseException:  # the caches may be anywhere: they are filled anew when it goes on
+            fresh = self.session()
+            session.target, session.drafter = fresh.target, fresh.drafter
+            session.lesson, session.pending = fresh.lesson, fresh.pending
+            raise
+        if streamer is not None:
+            streamer.end()
+        sequences = torch.tensor([session.sequence], device=input_ids.device)
+        reason = rounds[-1].stop_reason
+        assert reason is not None
+        return GenerationResult(sequences, session.sequence[start:], rounds, reason)
+
+    def _rounds(
+        self,
+        session: Session,
+        run: _Run,
+        streamer: BaseStreamer | None,
+        on_round: OnRound | None,
+    ) -> list[RoundRecord]:
+        """Read the prompt, then draft, verify and learn until something says stop."""
+        start = run.start
+        session.drafter.begin(lambda columns: Warper(run.sampling, start, columns))
         clock = Stopwatch(self.pair.target.device)
         features = None
         if session.target.length < start - 1:
@@ -211,12 +240,7 @@ class SpeculativeDecoder:
                 streamer.put(torch.tensor(session.sequence[before:]))
             if on_round is not None:
                 on_round(rounds[-1])
-        if streamer is not None:
-            streamer.end()
-        sequences = torch.tensor([session.sequence], device=input_ids.device)
-        reason = rounds[-1].stop_reason
-        assert reason is not None
-        return GenerationResult(sequences, session.sequence[start:], rounds, reason)
+        return rounds
 
     def __call__(
         self,
@@ -241,7 +265,7 @@ class SpeculativeDecoder:
             input_ids,
             generation_config=config,
             seed=seed,
-            stopping_criteria=own_criteria(stopping_criteria),
+            stopping_criteria=own_criteria(stopping_criteria, config),
             path=path,
         )
         if config.return_dict_in_generate:
@@ -280,7 +304,7 @@ class SpeculativeDecoder:
         p = run.warp(rows.logits, sequence + drafts, context)
         verdict = run.rule.judge(p, proposal.q, drafts, context)
         new = [*drafts[: verdict.num_accepted], verdict.token]
-        cut = run.stopping.cut(sequence, new, context - run.start)
+        cut = run.stopping.cut(sequence, new)
         reason = cut.reason or ("length" if context + cut.kept == run.end else None)
 
         on_path = min(cut.kept, verdict.num_accepted + 1, drafted)
@@ -363,17 +387,23 @@ class SpeculativeDecoder:
             session.lesson,
             session.sequence,
             len(session.sequence) - len(session.pending),
-            run.temperature,
+            run.sampling.temperature or 1.0,  # greedy decoding has none to learn at
         )
 
-    def _prompt(self, input_ids: torch.Tensor, session: Session) -> list[int]:
+    def _prompt(self, input_ids: torch.Tensor, before: int) -> list[int]:
+        """The new tokens, which come after so many that a session holds."""
+        if not isinstance(input_ids, torch.Tensor) or input_ids.is_floating_point():
+            raise UserError(
+                f"input_ids: {type(input_ids).__name__} is no tensor of token ids: with a chat "
+                "template, ask for return_tensors='pt' and return_dict=False"
+            )
         if input_ids.dim() != 2 or input_ids.shape[0] != 1:
             raise UserError(
                 f"input_ids: shape {tuple(input_ids.shape)} is not [1, prompt]: decode one "
                 "sequence at a time"
             )
         prompt: list[int] = input_ids[0].tolist()
-        length = len(session.sequence) + len(prompt)
+        length = before + len(prompt)
         if not prompt:
             raise UserError("input_ids: the prompt is empty: give at least one token")
         if max(prompt) >= self._vocab_size or min(prompt) < 0:
@@ -397,14 +427,16 @@ class SpeculativeDecoder:
         # at temperature 0 every rule keeps a draft that equals the target's best token
         rule = Coupled if greedy else RULES[self.acceptance]
         if path is None:
-            return rule(seed)
+            return rule(int(seed), start)
         if rule is not Coupled:
             raise UserError(
                 f"path: a recorded path needs acceptance coupled, not {self.acceptance}"
             )
         if not path:
             raise UserError("path: it has no tokens: record it again")
-        return Recorded(path, start, Coupled(seed))
+        if max(path) >= self._vocab_size or min(path) < 0:
+            raise UserError(f"path: a token is outside the vocabulary of {self._vocab_size}")
+        return Recorded(path, start, Coupled(int(seed)))
 
 
 def _settle(session: Session, late: list[Distribution]) -> list[tuple[int, float]]:
@@ -417,5 +449,6 @@ def _settle(session: Session, late: list[Distribution]) -> list[tuple[int, float
 
 def _coordinator(pair: ModelPair, config: DistillConfig) -> "Coordinator":
     from tts.coordinator import Coordinator  # PEFT takes seconds to load
+    from tts.distill.learner import teacher_head
 
-    return Coordinator(pair.draft, pair.target.get_output_embeddings().weight, config)
+    return Coordinator(pair.draft, teacher_head(pair.target), config)

@@ -87,7 +87,7 @@ class Warper:
             above = above[probs[above].argsort()[::-1]]
             best = probs[above]
             kept = self._kept(best) if len(best) else 0
-            if kept < len(best):
+            if kept < len(best) and len(best) >= self._sampling.top_k:
                 break
         return self._row(above[:kept], best[:kept] / best[:kept].sum())
 

@@ -23,6 +23,8 @@ _HARMLESS = {
     "assistant_lookbehind", "target_lookbehind",
 }  # fmt: skip
 
+COLDEST = 1e-30  # a temperature below it is greedy: logits over it are no numbers
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -84,7 +86,7 @@ def resolve(
     except ValueError as error:
         raise UserError(f"generation_config: {error}") from None
     _refuse_unknown(resolved)
-    sampled = resolved.do_sample and resolved.temperature > 0
+    sampled = resolved.do_sample and resolved.temperature > COLDEST
     eos = resolved.eos_token_id
     sampling = Sampling(
         temperature=float(resolved.temperature) if sampled else 0.0,
@@ -94,19 +96,22 @@ def resolve(
         repetition_penalty=float(resolved.repetition_penalty or 1.0),
         suppress_tokens=tuple(resolved.suppress_tokens or ()),
         begin_suppress_tokens=tuple(resolved.begin_suppress_tokens or ()),
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
         min_new_tokens=resolved.min_new_tokens
         if resolved.min_new_tokens is not None
         else max(0, (resolved.min_length or 0) - prompt_length),
     )
-    new = resolved.max_new_tokens
+    new, given = resolved.max_new_tokens, "max_new_tokens"
     if new is None:
+        given = "max_length"
         unset = config is None or config.max_length is None
         unset = unset and model.generation_config.max_length is None
         # transformers counts its default of 20 from the end of the prompt
         new = resolved.max_length if unset else resolved.max_length - prompt_length
-    if new < 1:
-        raise UserError(f"max_new_tokens: {new} leaves nothing to generate: use at least 1")
+    if not isinstance(new, int) or new < 1:
+        raise UserError(
+            f"{given}: it leaves {new} tokens to generate: use a whole number, 1 at least"
+        )
     stop = resolved.stop_strings or ()
     return sampling, Limits(
         new, (stop,) if isinstance(stop, str) else tuple(stop), resolved.max_time
@@ -120,7 +125,7 @@ def _refuse_unknown(config: GenerationConfig) -> None:
     for field, value in config.to_dict().items():
         if field in _HONOURED or field in _HARMLESS or field.startswith("_"):
             continue
-        if value not in (None, False) and value != defaults.get(field):
+        if value is not None and value is not False and value != defaults.get(field):
             raise UserError(
                 f"{field}: {value!r} cannot be honoured by speculative decoding, which warps many "
                 "rows at once: leave it unset"

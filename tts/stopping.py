@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
 
+from tts.errors import UserError
 from tts.settings import Limits, Sampling
 
 
@@ -14,7 +15,7 @@ class Cut(NamedTuple):
     """How many of the new tokens stay, and why nothing comes after them."""
 
     kept: int
-    reason: str | None  # "eos", "stop", "length", "time" or None: go on
+    reason: str | None  # "eos", "stop", "time" or None: go on
 
 
 class Stopping:
@@ -22,9 +23,12 @@ class Stopping:
 
     Args:
         sampling: for the end-of-sequence ids.
-        limits: the rest.
+        limits: the stop strings and the time; the engine counts the tokens.
         tokenizer: needed for stop strings.
         criteria: further criteria of transformers, asked once a token with ``scores=None``.
+
+    Raises:
+        UserError: for a stop string that cannot be looked for.
     """
 
     def __init__(
@@ -34,24 +38,28 @@ class Stopping:
         tokenizer: PreTrainedTokenizerBase,
         criteria: StoppingCriteriaList | None = None,
     ) -> None:
-        self._eos, self._limits = sampling.eos_token_ids, limits
+        self._eos, self._max_time = sampling.eos_token_ids, limits.max_time
         self._criteria = StoppingCriteriaList(criteria or [])
         if limits.stop_strings:
-            self._criteria.append(StopStringCriteria(tokenizer, list(limits.stop_strings)))
+            try:
+                self._criteria.append(StopStringCriteria(tokenizer, list(limits.stop_strings)))
+            except ValueError as error:
+                raise UserError(
+                    f"stop_strings: {list(limits.stop_strings)} cannot be looked for ({error}): "
+                    "leave out what is empty"
+                ) from None
         self._began = time.monotonic()
 
-    def cut(self, sequence: list[int], new: list[int], generated: int) -> Cut:
-        """Cut ``new`` tokens that follow ``sequence``, of which ``generated`` are generated."""
+    def cut(self, sequence: list[int], new: list[int]) -> Cut:
+        """Cut ``new`` tokens that follow ``sequence``."""
+        whole = torch.tensor([sequence + new] if self._criteria else [])
         for i, token in enumerate(new):
             if token in self._eos:
                 return Cut(i + 1, "eos")
             if self._criteria:
-                so_far = torch.tensor([sequence + new[: i + 1]])
+                so_far = whole[:, : len(sequence) + i + 1]
                 if bool(self._criteria(so_far, None).all()):  # type: ignore[arg-type]
                     return Cut(i + 1, "stop")
-            if generated + i + 1 == self._limits.max_new_tokens:
-                return Cut(i + 1, "length")
-        limit = self._limits.max_time
-        if limit is not None and time.monotonic() - self._began > limit:
+        if self._max_time is not None and time.monotonic() - self._began > self._max_time:
             return Cut(len(new), "time")
         return Cut(len(new), None)
