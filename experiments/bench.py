@@ -114,9 +114,10 @@ def bench(config: Bench) -> dict[str, Any]:
     if results.finished is not None:
         print(f"run_id: {results.folder} is finished with the same config", file=sys.stderr)
         return results.finished
-    pair = config.load()
-    prompts = _prompts(path.dialogues, config.segments, pair)
-    arms = _arms(config, pair)
+    with results.starting():
+        pair = config.load()
+        prompts = _prompts(path.dialogues, config.segments, pair)
+        arms = _arms(config, pair)
     speeds: dict[str, list[float]] = {name: [] for name in arms}
     generation = config.generation_config(config.segment_tokens)
     generation.min_new_tokens = config.segment_tokens

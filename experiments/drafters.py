@@ -89,12 +89,13 @@ def drafters(config: Drafters) -> dict[str, Any]:
     if results.finished is not None:
         print(f"run_id: {results.folder} is finished with the same config", file=sys.stderr)
         return results.finished
-    # nobody's overlap is measured beside gamma 0: it would cost 1 to 3 % of its time
-    arms = {"target": build("target", replace(config, draft=PROMPT_LOOKUP).load(), config)}
-    for name in names:
-        arms |= _arms(name, replace(config, draft=name))
-    if len(arms) == 1:
-        raise UserError("modes: prompt_lookup knows static alone: name it, or another drafter")
+    with results.starting():
+        # nobody's overlap is measured beside gamma 0: it would cost 1 to 3 % of its time
+        arms = {"target": build("target", replace(config, draft=PROMPT_LOOKUP).load(), config)}
+        for name in names:
+            arms |= _arms(name, replace(config, draft=name))
+        if len(arms) == 1:
+            raise UserError("modes: prompt_lookup knows static alone: name it, or another drafter")
 
     def keep(arm: str, dialogue: RecordedDialogue, part: list[RoundRecord]) -> None:
         for record in part:

@@ -3,8 +3,11 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -29,7 +32,6 @@ class Results:
 
     Raises:
         UserError: if the folder exists for another config or unfinished, or cannot be written.
-            One of a run that ended before it measured anything is used again.
     """
 
     def __init__(self, root: str, verb: str, run_id: str, config: Any) -> None:
@@ -39,12 +41,11 @@ class Results:
         name = run_id or datetime.now(UTC).strftime("%Y%m%d-%H%M%S-") + os.urandom(2).hex()
         self.folder = Path(root).expanduser() / verb / name
         self._files: dict[str, TextIO] = {}
-        unused = {file.name for file in self.folder.glob("*")} <= {"config.yaml", "command.txt"}
-        if self.folder.exists() and not unused:
+        if self.folder.exists():
             self._check_same()
             return
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True)
             self.write("config.yaml", self._resolved)
             self.write("command.txt", _provenance())
         except OSError as error:
@@ -52,6 +53,15 @@ class Results:
                 f"results: {self.folder} cannot be written ({error.strerror}): choose another "
                 "folder with --results"
             ) from None
+
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        """What is refused in here, before anything was measured, leaves no folder behind."""
+        try:
+            yield
+        except UserError:
+            shutil.rmtree(self.folder)
+            raise
 
     @property
     def finished(self) -> dict[str, Any] | None:

@@ -69,9 +69,10 @@ def run(config: Run) -> dict[str, Any]:
     if results.finished is not None:
         print(f"run_id: {results.folder} is finished with the same config", file=sys.stderr)
         return _brief(results.finished)
-    pair = config.load()
-    for arm in config.arms:
-        build_policy(arm, pair, config)  # what does not fit is refused before anything runs
+    with results.starting():
+        pair = config.load()
+        for arm in config.arms:
+            build_policy(arm, pair, config)  # what does not fit is refused before anything runs
     measured = Measured(config, results)
     status = "interrupted"
     try:
