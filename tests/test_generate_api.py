@@ -99,6 +99,10 @@ def test_bad_options_of_the_decoder_are_refused(pair):
         SpeculativeDecoder(pair, policy=policy, acceptance="typical")
     with pytest.raises(UserError, match="draft_window: 0"):
         SpeculativeDecoder(pair, policy=policy, draft_window=0)
+    with pytest.raises(UserError, match=r"give make_policy\('mlp'\)"):
+        SpeculativeDecoder(pair, policy="mlp")
+    with pytest.raises(UserError, match="generation_config: a dict"):
+        SpeculativeDecoder(pair, policy=policy).generate(PROMPT, generation_config={})
     with pytest.raises(UserError, match="gamma: -1"):
         make_policy("fixed", gamma=-1)
     with pytest.raises(UserError, match="gamma: 41"):

@@ -110,8 +110,8 @@ class SpeculativeDecoder:
             the draft as it is).
 
     Raises:
-        UserError: for an unknown rule, a window below 1, or a draft or target that cannot do what
-            ``distill`` or ``memory`` asks of it.
+        UserError: for an unknown rule, a policy's name, a window below 1, or a draft or target that
+            cannot do what ``distill`` or ``memory`` asks of it.
     """
 
     def __init__(
@@ -126,6 +126,8 @@ class SpeculativeDecoder:
         memory: Memory | None = None,
     ) -> None:
         check_acceptance(acceptance)
+        if isinstance(policy, str):
+            raise UserError(f"policy: {policy!r} is a name: give make_policy({policy!r})")
         if draft_window is not None and draft_window < 1:
             raise UserError(f"draft_window: {draft_window} sees nothing: use at least 1, or none")
         self.pair, self.policy, self.acceptance = pair, policy, acceptance

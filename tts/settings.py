@@ -77,6 +77,10 @@ def resolve(
     Raises:
         UserError: naming a field that is set and cannot be honoured row by row, or a bad value.
     """
+    if not isinstance(config, GenerationConfig | None):
+        raise UserError(
+            f"generation_config: a {type(config).__name__} is none: give a GenerationConfig"
+        )
     if config is not None and config.temperature is not None and config.temperature < 0:
         raise UserError(
             f"temperature: {config.temperature} is negative: use 0 for greedy or a positive number"
