@@ -41,7 +41,6 @@ def test_every_drafter_and_mode_is_a_row(folders, capsys):
     assert {row["tokens"] for row in rows.values()} == {rows["target"]["tokens"]}
     for name in names[:2]:
         assert rows[f"{name}, online, fixed"]["updates"] > 0
-        assert rows[f"{name}, static, fixed"]["acceptance_length"][0] > 1
 
 
 def test_a_path_ends_where_it_begins_to_repeat_itself():
