@@ -71,5 +71,6 @@ def best_threshold(said: np.ndarray, kept: np.ndarray) -> float:
 
 
 def _own(signals: Signals) -> float:
-    """Probability of the drafted token; at temperature 0 q is a point mass and says nothing."""
+    """Probability of the drafted token; where q is a point mass (temperature 0, or a nucleus of
+    one token) it says nothing, and the softmax speaks."""
     return signals.probability if signals.probability < 1 else signals.confidence
