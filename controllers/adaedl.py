@@ -14,7 +14,7 @@ class AdaEdl(Plain):
     """Draft on while 1 - sqrt(slope * H) >= threshold, H in nats at temperature 1.
 
     After each round r <- .5 r + .5 accepted / drafted; the threshold moves a tenth of .01 up while
-    r < .9, else down, and stays where the cap was reached. That controller is Draft & Verify's; the
+    r < .9, else down unless the cap was reached. That controller is Draft & Verify's; the
     paper's own first threshold is not published, .5 is that controller's for sampling.
     """
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from transformers import GenerationConfig
 
 from controllers import make_policy
-from experiments.options import MATCH, WINDOW, ModelOptions, TextOptions, check_rule
+from experiments.options import MATCH, WINDOW, ModelOptions, TextOptions, check_rule, check_window
 from experiments.peers import Arm, peers
 from experiments.report import number
 from experiments.results import Results
@@ -77,8 +77,7 @@ class Bench(ModelOptions, TextOptions):
             make_policy("fixed", gamma=gamma)
         check_acceptance(self.acceptance)
         check_rule(self.acceptance, self.temperature, shared=False)
-        if self.window < 1:
-            raise UserError(f"window: {self.window} sees nothing: use at least 1")
+        check_window(self.window)
         if not (self.gammas or self.learners or self.peers):
             raise UserError("gammas: none given, nor learners or peers: there is nothing to time")
 

@@ -18,8 +18,8 @@ from experiments.curves import (
     by_third,
     interval,
     length,
-    over,
     overlap_curve,
+    quotient,
     worst,
 )
 from experiments.options import readable, writable
@@ -132,7 +132,7 @@ def _table(name: str, conversations: dict[str, dict[str, list[float]]], arms: li
     for part, label in ((2, "third 3"), (3, "overall")):
         cells = []
         for arm in others:
-            ratios = [over(v[arm][part], v[base][part]) for v in conversations.values()]
+            ratios = [quotient(v[arm][part], v[base][part]) for v in conversations.values()]
             cells.append(f"{spread(interval(ratios))}, worst {number(worst(ratios), 3)}")
         table.add_row(f"{label} / {base}", "", *cells)
     return table

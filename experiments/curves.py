@@ -111,10 +111,10 @@ def third_edges(end: int) -> list[int]:
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
     """(mean, low, high) of what was measured, see `bootstrap`; nan if nothing was."""
-    known = np.array([v for v in values if not np.isnan(v)])
-    if len(known) == 0:
+    measured = np.array([v for v in values if not np.isnan(v)])
+    if len(measured) == 0:
         return np.nan, np.nan, np.nan
-    return bootstrap(known, lambda drawn: drawn.mean(-1))
+    return bootstrap(measured, lambda drawn: drawn.mean(-1))
 
 
 def ratio_interval(above: Array, below: Array) -> tuple[float, float, float]:
@@ -122,7 +122,7 @@ def ratio_interval(above: Array, below: Array) -> tuple[float, float, float]:
     return bootstrap(np.stack([above, below]), lambda drawn: drawn[0].sum(-1) / drawn[1].sum(-1))
 
 
-def over(value: float, base: float) -> float:
+def quotient(value: float, base: float) -> float:
     """value / base; nan where the base is nothing."""
     return value / base if base else np.nan
 

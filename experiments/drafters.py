@@ -14,7 +14,7 @@ from experiments.curves import Curve, acceptance_curve, interval, known, overlap
 from experiments.options import ModelOptions, SpeculationOptions, TextOptions, check_rule
 from experiments.report import number, spread, thirds
 from experiments.results import Results
-from experiments.turns import Rounds, take_turns
+from experiments.turns import Rounds, check_segment, take_turns
 from experiments.workload import PathFile, RecordedDialogue
 from tts.engine import SpeculativeDecoder
 from tts.errors import UserError
@@ -60,8 +60,7 @@ class Drafters(ModelOptions, TextOptions, SpeculationOptions):
         TextOptions.__post_init__(self)
         SpeculationOptions.__post_init__(self)
         check_rule(self.acceptance, self.temperature, shared=True)
-        if self.segment_tokens < 2:
-            raise UserError(f"segment_tokens: {self.segment_tokens} is too short: use at least 2")
+        check_segment(self.segment_tokens)
         for mode in self.modes:
             if mode not in MODES:
                 raise UserError(f"modes: {mode!r} is not one of {', '.join(MODES)}")

@@ -133,8 +133,7 @@ class SpeculationOptions:
         check_acceptance(self.acceptance)
         make_policy(self.policy, gamma=self.gamma, cap=self.cap, weights=self.weights_folder)
         PromptLookup(shortest=self.lookup)  # refuses what is no length
-        if self.window < 1:
-            raise UserError(f"window: {self.window} sees nothing: use at least 1")
+        check_window(self.window)
         if not self.weights_folder.is_dir():
             raise UserError(f"weights: no folder {self.weights!r}: give one of `tts fit`")
 
@@ -142,6 +141,12 @@ class SpeculationOptions:
     def weights_folder(self) -> Path:
         """Of the policies that are fitted."""
         return Path(self.weights).expanduser() if self.weights else WEIGHTS
+
+
+def check_window(window: int) -> None:
+    """Raise UserError for a draft's window without a position."""
+    if window < 1:
+        raise UserError(f"window: {window} sees nothing: use at least 1")
 
 
 def check_rule(acceptance: str, temperature: float, shared: bool) -> None:

@@ -23,7 +23,7 @@ from experiments.curves import known, ratio_interval
 from experiments.options import ModelOptions, SpeculationOptions, TextOptions, check_rule
 from experiments.report import spread
 from experiments.results import Results
-from experiments.turns import Rounds, take_turns
+from experiments.turns import Rounds, check_segment, take_turns
 from experiments.workload import PathFile, RecordedDialogue
 from tts.engine import SpeculativeDecoder
 from tts.errors import UserError
@@ -81,8 +81,7 @@ class Policies(ModelOptions, TextOptions, SpeculationOptions):
             raise UserError("gammas: none given: the best fixed one is what others are held to")
         for gamma in self.gammas:
             make_policy("fixed", gamma=gamma)
-        if self.segment_tokens < 2:
-            raise UserError(f"segment_tokens: {self.segment_tokens} is too short: use at least 2")
+        check_segment(self.segment_tokens)
 
 
 def policies(config: Policies) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from experiments.curves import interval, over, worst
+from experiments.curves import interval, quotient, worst
 from experiments.options import ModelOptions
 from experiments.report import number
 from experiments.workload import PathFile, RecordedDialogue
@@ -97,6 +97,7 @@ def sweep(config: Sweep) -> dict[str, Any]:
     path = PathFile.read(config.path)
     sampling = Sampling(path.temperature, path.top_k, path.top_p, 0.0, path.repetition_penalty)
     pair = config.load()
+    head = teacher_head(pair.target) if config.draft_updates else None
     size = min(distill.stride for _, distill, _ in settings)
     texts = {
         dialogue.id: read(pair, dialogue, sampling, size)
@@ -106,8 +107,7 @@ def sweep(config: Sweep) -> dict[str, Any]:
     lines = []
     for special, distill, memory in track(settings, "replaying"):
         coordinator = None
-        if config.draft_updates:
-            head = teacher_head(pair.target)
+        if head is not None:
             coordinator = Coordinator(pair.draft, head, replace(distill, max_update_share=1.0))
         online = {
             name: replay(pair, blocks, sampling, coordinator, config.draft_window, memory)
@@ -217,8 +217,8 @@ def _show(lines: list[dict[str, Any]]) -> None:
         table.add_column(column, justify="left" if column == "setting" else "right")
     for line in lines:
         ratios = [
-            [over(o, s) for o, s in zip(t["online"], t["static"], strict=True)]
-            + [over(sum(t["online"]), sum(t["static"]))]
+            [quotient(o, s) for o, s in zip(t["online"], t["static"], strict=True)]
+            + [quotient(sum(t["online"]), sum(t["static"]))]
             for t in line["thirds"].values()
         ]
         columns = [interval(column)[0] for column in zip(*ratios, strict=True)]

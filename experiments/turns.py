@@ -15,10 +15,17 @@ from experiments.options import TextOptions
 from experiments.workload import RecordedDialogue
 from tts.conversation import Conversation
 from tts.engine import SpeculativeDecoder
+from tts.errors import UserError
 from tts.records import RoundRecord
 
 Rounds = dict[str, dict[str, list[RoundRecord]]]  # arm -> conversation -> rounds
 OnPart = Callable[[str, RecordedDialogue, list[RoundRecord]], None]
+
+
+def check_segment(tokens: int) -> None:
+    """Raise UserError for a segment in which nothing is decoded: its first token is given."""
+    if tokens < 2:
+        raise UserError(f"segment_tokens: {tokens} is too short: use at least 2")
 
 
 def take_turns(

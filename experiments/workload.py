@@ -62,8 +62,9 @@ class PathFile:
     @classmethod
     def read(cls, path: str) -> "PathFile":
         """Raise UserError for a file that is missing or was not written by `tts record`."""
+        file = readable(path, "path")
         try:
-            fields = json.loads(readable(path, "path").read_text())
+            fields = json.loads(file.read_text())
             dialogues = [RecordedDialogue(**d) for d in fields.pop("dialogues")]
             for d in dialogues:
                 if len(d.turns) != len(d.answers):
@@ -72,14 +73,13 @@ class PathFile:
                     raise ValueError(f"{d.id}: a seed or a token is no whole number")
             if not dialogues or not all(d.answers and all(d.answers) for d in dialogues):
                 raise ValueError("a dialogue or an answer is empty")
-            _check_ids(dialogues)
-            return cls(dialogues=dialogues, **fields)
-        except UserError:
-            raise
+            made = cls(dialogues=dialogues, **fields)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"path: {path!r} is not a recorded path ({error}): make one with `tts record`"
             ) from None
+        _check_ids(dialogues)
+        return made
 
     def check_target(self, models: ModelOptions) -> None:
         """Tokens are those of one target."""

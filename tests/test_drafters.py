@@ -52,7 +52,8 @@ def test_overlap_is_measured_once_at_every_position(family):
 
 @pytest.mark.parametrize(
     ("decoder", "samples"),
-    [(honest, 800), pytest.param(learning, 3000, marks=pytest.mark.slow)],
+    [(honest, 800)]
+    + [pytest.param(decoder, 4000, marks=pytest.mark.slow) for decoder in (honest, learning)],
 )
 def test_rejection_keeps_the_law(family, decoder, samples):
     made = family(vocab=VOCAB, layers=2, ids=torch.tensor([0, 1, 3, 4, 6, 7]))

@@ -21,8 +21,8 @@ from experiments.curves import (
     ahead_from,
     interval,
     known,
-    over,
     overlap_curve,
+    quotient,
     ratio_interval,
     seconds_curve,
     third_edges,
@@ -570,7 +570,7 @@ def test_ratios_are_of_sums_and_paired():
     assert value == pytest.approx(10 / 6)
     assert low < value < high
     assert known(ratio_interval(slow[:1], fast[:1])) == [2.0, None, None]
-    assert np.isnan(over(1.0, 0.0))
+    assert np.isnan(quotient(1.0, 0.0))
     assert worst([float("nan"), 2.0, 1.0]) == 1.0
 
 

@@ -27,6 +27,7 @@ from controllers.specdecpp import (
 from controllers.speckv import Regressor, SpecKv, step_signals
 from tests import tiny
 from tests.test_engine import decode, sampled
+from tests.test_laws import ALPHA, p_value, small_pair
 from tts.engine import SpeculativeDecoder
 from tts.errors import UserError
 from tts.policy import RoundOutcome, RoundState, Signals
@@ -333,6 +334,16 @@ def test_the_oracle_stops_at_the_first_token_that_the_text_does_not_have():
     assert policy.proceed(STATE, said()._replace(offset=0, token=4))
     assert policy.proceed(STATE, said()._replace(offset=1, token=1))
     assert not policy.proceed(STATE, said()._replace(offset=2, token=9))
+
+
+@pytest.mark.slow  # few samples would not find a token that is dropped
+@pytest.mark.parametrize("name", [name for name in POLICIES if name != "oracle"])
+def test_rejection_keeps_the_law_under_every_policy(weights, name):
+    def decoder(pair):
+        policy = timed(make_policy(name, gamma=2, weights=weights))
+        return SpeculativeDecoder(pair, policy=policy, acceptance="rejection")
+
+    assert p_value(small_pair(), 3000, decoder) > ALPHA
 
 
 def test_the_oracle_drafts_one_token_more_than_is_accepted():

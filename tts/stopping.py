@@ -52,11 +52,11 @@ class Stopping:
 
     def cut(self, sequence: list[int], new: list[int]) -> Cut:
         """Cut ``new`` tokens that follow ``sequence``."""
-        whole = torch.tensor([sequence + new] if self._criteria else [])
+        whole = torch.tensor([sequence + new]) if self._criteria else None
         for i, token in enumerate(new):
             if token in self._eos:
                 return Cut(i + 1, "eos")
-            if self._criteria:
+            if whole is not None:
                 so_far = whole[:, : len(sequence) + i + 1]
                 if bool(self._criteria(so_far, None).all()):  # type: ignore[arg-type]
                     return Cut(i + 1, "stop")
