@@ -105,7 +105,9 @@ def policies(config: Policies) -> dict[str, Any]:
     try:
         for compression, dialogues in paths.items():
             regime = replace(config, compression=compression)
-            rounds = _decode(regime, dialogues, results)
+            with results.starting():
+                arms = _arms(regime, regime.load())
+            rounds = _decode(arms, dialogues, regime, results)
             regimes[compression] = compare(rounds, [f"fixed {g}" for g in config.gammas])
             regimes[compression]["load"] = os.getloadavg()[0]
             _show(compression, regimes[compression])
@@ -115,13 +117,16 @@ def policies(config: Policies) -> dict[str, Any]:
     return summary
 
 
-def _decode(config: Policies, dialogues: list[RecordedDialogue], results: Results) -> Rounds:
+def _decode(
+    arms: dict[str, SpeculativeDecoder],
+    dialogues: list[RecordedDialogue],
+    config: Policies,
+    results: Results,
+) -> Rounds:
     """The rounds of every arm on every dialogue, arms taking turns."""
-    pair = config.load()
-    arms = _arms(config, pair)
 
     def keep(arm: str, dialogue: RecordedDialogue, part: list[RoundRecord]) -> None:
-        head = {"arm": arm, "conversation": dialogue.id, "compression": pair.compression}
+        head = {"arm": arm, "conversation": dialogue.id, "compression": config.compression}
         for record in part:
             results.append("metrics.jsonl", head | asdict(record))
 

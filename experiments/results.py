@@ -60,7 +60,8 @@ class Results:
         try:
             yield
         except UserError:
-            shutil.rmtree(self.folder)
+            if not self._files:
+                shutil.rmtree(self.folder)
             raise
 
     @property
@@ -86,6 +87,8 @@ class Results:
         """Write ``summary.json``; its ``status`` says whether the run came to its end."""
         for file in self._files.values():
             file.close()
+        if not self.folder.exists():  # its start was refused
+            return
         self.write("summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
 
     def _check_same(self) -> None:

@@ -10,6 +10,8 @@ from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
     GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     GptOssConfig,
     GptOssForCausalLM,
     LlamaConfig,
@@ -49,10 +51,10 @@ def load(folders, draft, **kwargs):
     return load_pair(str(folders / "target"), str(folders / draft), dtype="float32", **kwargs)
 
 
-def generate(pair, gamma=4):
-    decoder = SpeculativeDecoder(pair, policy=make_policy("fixed", gamma=gamma))
+def generate(pair, prompt=(3, 4, 5)):
+    decoder = SpeculativeDecoder(pair, policy=make_policy("fixed", gamma=4))
     config = GenerationConfig(max_new_tokens=30, do_sample=False)
-    return decoder.generate(torch.tensor([[3, 4, 5]]), generation_config=config)
+    return decoder.generate(torch.tensor([prompt]), generation_config=config)
 
 
 @pytest.mark.parametrize("draft", ["draft", "padded", "reduced"])
@@ -62,6 +64,31 @@ def test_a_pair_from_folders_decodes_the_targets_text(folders, draft):
     result = generate(pair)
     assert result.sequences.tolist() == expected.tolist()
     assert result.summary().num_draft_tokens > 0
+
+
+def test_a_draft_reads_what_a_wider_target_may_write(tmp_path):
+    tiny.save(tiny.model("llama3.1", vocab=62), tmp_path / "target", vocab=40)
+    tiny.save(tiny.model("qwen3", vocab=40, seed=3), tmp_path / "draft", vocab=40)
+    pair = load(tmp_path, "draft")
+    expected = pair.target.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=30, do_sample=False)
+    assert expected.max() >= 40, "or nothing was asked of the draft"
+    result = generate(pair)
+    assert result.sequences.tolist() == expected.tolist()
+    assert result.summary().num_draft_tokens > 0
+
+
+def test_a_text_that_may_outgrow_learned_positions_is_refused(tmp_path):
+    for name, positions in (("target", 128), ("draft", 33)):
+        config = GPT2Config(
+            vocab_size=64, n_positions=positions, n_embd=32, n_layer=1, n_head=4,
+            bos_token_id=None, eos_token_id=None,
+        )  # fmt: skip
+        tiny.save(GPT2LMHeadModel(config).eval(), tmp_path / name)
+    pair = load(tmp_path, "draft")
+    expected = pair.target.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=30, do_sample=False)
+    assert generate(pair).sequences.tolist() == expected.tolist()
+    with pytest.raises(UserError, match="may reach 34 tokens, and the draft's learned"):
+        generate(pair, prompt=[3, 4, 5, 6])
 
 
 def test_a_draft_of_other_ids_is_refused_naming_the_first_one(folders):

@@ -7,9 +7,12 @@ import pytest
 from controllers.fixed import Fixed
 from controllers.or_none import FIRST, PROBE, OrNone
 from experiments.cli import main
+from experiments.options import SpeculationOptions
 from experiments.policies import compare
+from experiments.results import Results
 from experiments.turns import _cut
 from tests import tiny
+from tts.errors import UserError
 from tts.policy import RoundOutcome, RoundState, Signals
 from tts.records import RoundRecord
 
@@ -70,6 +73,21 @@ def test_every_arm_commits_the_path_and_is_held_to_the_best_fixed_gamma(models, 
 def test_what_cannot_be_compared_is_refused(models, capsys, wrong, message):
     assert main(["policies", *flags(models), *wrong]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_refused_start_leaves_no_folder_and_nothing_that_was_measured_goes(models, tmp_path):
+    path = tmp_path / "path.json"
+    text = [f"--workload={models / 'talk.json'}", f"--out={path}"]
+    assert main(["record", *flags(models), *text]) == 0
+    refused = [f"--paths=[{path}]", f"--results={tmp_path}", "--run-id=x", "--draft=/nowhere"]
+    assert main(["policies", *flags(models), *refused]) == 2
+    assert not (tmp_path / "policies" / "x").exists()
+    results = Results(str(tmp_path), "policies", "y", SpeculationOptions())
+    results.append("metrics.jsonl", {"arm": "a"})
+    with pytest.raises(UserError), results.starting():
+        raise UserError("the second regime cannot be loaded")
+    results.finish({"status": "interrupted"})
+    assert {f.name for f in results.folder.iterdir()} >= {"metrics.jsonl", "summary.json"}
 
 
 def test_pieces_hold_every_token_and_none_is_single():

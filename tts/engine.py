@@ -38,7 +38,7 @@ from tts.drafting.protocol import Drafter, Proposal, TrainableDrafter
 from tts.errors import UserError
 from tts.evidence import Rows as Evidence
 from tts.metrics import Summary, summarise
-from tts.models import ModelPair
+from tts.models import ModelPair, learned_positions
 from tts.policy import LengthPolicy, RoundOutcome, RoundState, Signals
 from tts.records import RoundRecord, UpdateRecord
 from tts.sampling import Distribution, Warper
@@ -140,6 +140,7 @@ class SpeculativeDecoder:
             )
         self._context: int = text.max_position_embeddings
         self._vocab_size: int = text.vocab_size
+        self._draft_positions = learned_positions(pair.draft)
 
     def session(self) -> Session:
         """Empty caches for a sequence; hand it to `generate` again to extend the sequence."""
@@ -179,8 +180,8 @@ class SpeculativeDecoder:
             on_round: called after every round with its record.
 
         Raises:
-            UserError: for a prompt that is empty, batched or longer than the context, and for
-                settings that cannot be honoured.
+            UserError: for a prompt that is empty, batched or longer than the context, for a text
+                that may outgrow the draft, and for settings that cannot be honoured.
         """
         before = 0 if session is None else len(session.sequence)
         prompt = self._prompt(input_ids, before)
@@ -188,6 +189,11 @@ class SpeculativeDecoder:
         sampling, limits = resolve(self.pair.target, generation_config, start)
         warp = Warper(sampling, start)
         end = min(start + limits.max_new_tokens, self._context)
+        if self._draft_positions is not None and end > self._draft_positions:
+            raise UserError(
+                f"max_new_tokens: the text may reach {end} tokens, and the draft's learned "
+                f"positions end at {self._draft_positions}: ask for fewer, or choose another draft"
+            )
         run = _Run(
             self._rule(sampling, seed, path, start),
             warp,

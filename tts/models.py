@@ -134,6 +134,7 @@ def load_pair(
         check_same_ids(tokenizer, _tokenizer(draft_folder, "draft"))
         model = _load(target_folder, "target", dtype, device, stock, compression)
         small = _load(draft_folder, "draft", dtype, device, stock)
+        _read_padding(small, model)
         return ModelPair(model, small, tokenizer, name, compression)
     if published.get("tokenizer_fingerprint") not in (None, "", fingerprint(tokenizer)):
         raise UserError(
@@ -155,6 +156,16 @@ def load_pair(
 def shipped_drafts(target: str) -> dict[str, Path]:
     """Folders of the drafts shipped for ``target``, by name."""
     return PACKAGED[target].drafts if target in PACKAGED else {}
+
+
+def learned_positions(draft: Draft) -> int | None:
+    """How many positions a draft that has learned each of them can read (None: any number)."""
+    if isinstance(draft, PromptLookup):
+        return None
+    config = draft.config.get_text_config()
+    rotary = getattr(config, "rope_parameters", None) is not None
+    limit: int | None = None if rotary else getattr(config, "max_position_embeddings", None)
+    return limit
 
 
 def load_target(
@@ -292,6 +303,14 @@ def _load(
         pack(model)
         straighten(model)
     return model
+
+
+def _read_padding(draft: PreTrainedModel, target: PreTrainedModel) -> None:
+    """Let ``draft`` read what a ``target`` with more padding may write: as the last id it has."""
+    table: Any = draft.get_input_embeddings()
+    last = table.num_embeddings - 1
+    if last < target.config.get_text_config().vocab_size - 1:
+        table.register_forward_pre_hook(lambda _, inputs: (inputs[0].clamp(max=last),))
 
 
 def _pretrained(loader: Any, folder: str, field: str, **kwargs: Any) -> Any:
