@@ -138,7 +138,7 @@ def _arms(config: Policies, pair: ModelPair) -> dict[str, SpeculativeDecoder]:
         return build(name, pair, config, config.remember)
 
     made = {
-        f"fixed {gamma}": arm("static", replace(config, policy="fixed", gamma=gamma))
+        f"fixed {gamma}": arm("window", replace(config, policy="fixed", gamma=gamma))
         for gamma in config.gammas
     }
     made |= {name: arm(name) for name in config.arms}
