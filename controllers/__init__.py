@@ -19,7 +19,7 @@ from tts.errors import UserError
 from tts.policy import LengthPolicy
 
 CAP = 40  # the largest gamma any policy may plan
-WEIGHTS = Path(__file__).parent / "weights"  # what `tts fit` made for the default draft
+WEIGHTS = Path(__file__).parent / "weights"  # what `tts fit` made: see experiments/LOG.md
 
 RULES: dict[str, Callable[..., LengthPolicy]] = {
     "heuristic": Heuristic,
@@ -53,7 +53,7 @@ def make_policy(
     Args:
         name: one of ``POLICIES``.
         gamma: speculation length of ``fixed``; 0 is the target alone.
-        cap: largest gamma that any other policy plans (None: its authors' own; 8 for ``mlp``).
+        cap: largest gamma that any other policy plans (None: its own default).
         learning: whether ``mlp`` goes on learning while it decodes.
         seed: of the probes of ``mlp``.
         compression: of the target's weights, a feature of ``mlp`` and ``speckv``: one of

@@ -13,7 +13,8 @@ DELTA = 0.05  # the bonus holds with probability 1 - DELTA
 class Bandit(Plain):
     """Play every gamma 0..cap once, then the one with the highest mean reward plus bonus.
 
-    Bonus of an arm played n times in t rounds, K arms, rewards within a range L (UCBSpec):
+    The paper's lengths end at 4. Bonus of an arm played n times in t rounds, K arms, rewards within
+    a range L (UCBSpec):
     (L / 2) sqrt((1 + n) / n^2 * (1 + 2 log(K t^2 sqrt(1 + n) / DELTA))). The released code divides
     by the plays of all arms together, which makes it greedy on one noisy timing; here it is as in
     the paper. L is the largest reward seen, so that no unit enters. A round that the end of the

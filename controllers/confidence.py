@@ -72,5 +72,5 @@ def best_threshold(said: np.ndarray, kept: np.ndarray) -> float:
 
 def _own(signals: Signals) -> float:
     """Probability of the drafted token; where q is a point mass (temperature 0, or a nucleus of
-    one token) it says nothing, and the softmax speaks."""
+    one token, where transformers says 1) it says nothing, and the softmax speaks."""
     return signals.probability if signals.probability < 1 else signals.confidence

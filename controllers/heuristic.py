@@ -10,7 +10,8 @@ class Heuristic(Plain):
     """gamma + 2 after a round that was accepted whole, else gamma - 1, at least 1.
 
     As transformers does it in `AssistedCandidateGenerator.update_candidate_strategy`, from its
-    default of 20 tokens. ``transient`` starts anew with every sequence (``heuristic_transient``).
+    default of 20 tokens; its default threshold (`controllers.confidence`) is off, as for those who
+    set it to 0. ``transient`` starts anew with every sequence (``heuristic_transient``).
     """
 
     def __init__(self, cap: int = 40, start: int = 20, transient: bool = False) -> None:

@@ -27,7 +27,8 @@ from tts.errors import UserError
 from tts.policy import RoundOutcome, RoundState, Signals
 
 RATE, OPTION = 1 / 32, 1 / 64  # per round, for realised tokens per pass and gain of drafting
-SURE = 1.5  # times the acceptance at which a first token pays: more than that is not questioned
+SURE = 1.2  # times the acceptance at which a first token pays: more than that is not questioned
+PATIENCE = 4.0  # tokens that drafting may lose before it ends: only a rare probe ends a rest
 LOOK = 1 / 64  # chance to draft one token more than pays
 REST = 4  # of so many rounds at gamma 0 one is timed: what passes wait for slows them fivefold
 REPLAY, BATCH = 512, 56
@@ -70,6 +71,7 @@ class Mlp:
         self._behind = False  # the draft has not read the newest tokens
         self._resting = False  # it chose gamma 0 and has learned nothing since
         self._rested = 0  # rounds of that
+        self._lost = 0.0  # tokens that drafting has lost lately, at most `PATIENCE`
         self._survival = 1.0  # that all tokens drafted in this round are accepted
         self._foreseen = 0.0  # acceptance at every offset, as foreseen before the first token
         self._option = 0.0  # tokens won beyond that: a draft can stop when it turns out hard
@@ -137,6 +139,8 @@ class Mlp:
                 _, self._foreseen = self.network.predict(self._history.row(state, None))
             if self._gain(self._foreseen, limit) + max(self._option, 0.0) > 0:
                 return limit
+            if self._behind and self._lost < PATIENCE:  # a no is of the moment until it is dear
+                return limit
             self._resting = True
         return limit if self._probe.due() else 0
 
@@ -160,7 +164,6 @@ class Mlp:
     def observe(self, outcome: RoundOutcome) -> None:
         drafted = outcome.num_drafted
         if drafted == 0 and self._resting:
-            # a first no was of the moment, a second one is of the text
             self._resting, self._behind = self._behind, True
             self._rested += 1
             if self._rested % REST:
@@ -183,18 +186,21 @@ class Mlp:
         if not own:
             return
         accepted = outcome.num_accepted
+        # on average the labels reached sum up to the tokens accepted, with less noise; where they
+        # are not heard, what came of it says less than how likely that was, and costs nothing
+        labels = outcome.acceptance() if heard else [1.0] * accepted + [0.0]
+        gain = sum(labels) - self.rate * (passes - 1)
+        if not self._probe.on:
+            lost = self._lost + self.rate * (passes - 1) - accepted
+            self._lost = min(max(lost, 0.0), PATIENCE)
         if heard:
-            labels = outcome.acceptance()
             fresh = self._history.follow((outcome.state, own, labels, accepted))
-            # on average the labels reached sum up to the tokens accepted, with less noise
-            gain = sum(labels) - self.rate * (passes - 1)
             foreseen = self._gain(self._foreseen, min(self.cap, outcome.state.limit))
             self._option += OPTION * (gain - foreseen - self._option)
             self._probe.judge(gain, behind)
             if self.learning:
                 self._learn(fresh)
-        else:  # what came of it says less than how likely that was, and costs nothing
-            labels = [1.0] * accepted + [0.0]
+        else:
             self._history.pass_by(own, labels[: len(own)], accepted)
         if self.learning:
             self._watch(labels)
@@ -202,7 +208,7 @@ class Mlp:
     def reset(self) -> None:
         self._history.reset()
         self._survival, self._resting = 1.0, False
-        self._behind = False
+        self._behind, self._lost = False, 0.0
         self._probe.reset()
 
     @property
@@ -269,5 +275,6 @@ class Mlp:
 NUMBERS = {
     "seen": int, "tokens": float, "passes": float, "behind": bool, "survival": float,
     "off": float, "foreseen": float, "option": float, "resting": bool, "rested": int,
+    "lost": float,
     "look": int, "drafts": int,
 }  # fmt: skip

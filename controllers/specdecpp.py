@@ -20,7 +20,9 @@ class AcceptanceHead(nn.Module):
     """Acceptance of a token from the draft's state after it was fed.
 
     Residual blocks x + SiLU(W x + b), then two logits. In the released code the blocks are one
-    module three times over; here each has weights of its own, as in the paper.
+    module three times over; here each has weights of its own, as in the paper. The paper's label is
+    min(1, p/q) of the token; under `coupled`, which we record with, it is the chance that the two
+    models draw alike there, whatever the token.
     """
 
     def __init__(self, width: int, blocks: int = BLOCKS) -> None:

@@ -3,7 +3,8 @@
 from typing import NamedTuple
 
 from controllers import HEADS, PUBLISHED, make_policy
-from experiments.options import SpeculationOptions
+from experiments.options import LengthOptions, PolicyOptions, SpeculationOptions
+from tts.distill.config import DistillConfig
 from tts.drafting import PromptLookup
 from tts.engine import SpeculativeDecoder
 from tts.errors import UserError
@@ -22,6 +23,8 @@ class Arm(NamedTuple):
     memory: bool = False  # what the target said where the draft was in a like state comes back
     gamma: int | None = None  # instead of the one asked for
 
+
+LASTING = ("mlp", "bandit", "heuristic")  # policies that learn on from sequence to sequence
 
 ARMS = {
     "target": Arm(policy="fixed", gamma=0),
@@ -43,14 +46,28 @@ ARMS = {
 
 
 def build(
-    name: str, pair: ModelPair, options: SpeculationOptions, remember: bool = False
+    name: str,
+    pair: ModelPair,
+    options: SpeculationOptions,
+    policy: LengthPolicy,
+    distill: DistillConfig | None = None,
+    remember: bool = False,
 ) -> SpeculativeDecoder:
-    """The decoder of the arm ``name``; ``remember``: with a memory, whatever the arm says."""
+    """The decoder of the arm ``name``.
+
+    Args:
+        name: of the arm.
+        pair: that it decodes with.
+        options: how it drafts.
+        policy: that it plays.
+        distill: how its draft learns, where the arm lets it (None: it does not).
+        remember: with a memory, whatever the arm says.
+    """
     arm = ARMS[name]
     return SpeculativeDecoder(
         pair,
-        policy=build_policy(name, pair, options),
-        distill=options.distill if arm.draft and options.draft_updates else None,
+        policy=policy,
+        distill=distill if arm.draft else None,
         acceptance=options.acceptance,
         draft_window=None if arm.whole else options.window,
         lookup=PromptLookup(shortest=options.lookup) if arm.lookup else None,
@@ -58,23 +75,27 @@ def build(
     )
 
 
-def build_policy(name: str, pair: ModelPair, options: SpeculationOptions) -> LengthPolicy:
-    """The policy of the arm ``name``; raises UserError if it was fitted for another draft."""
-    arm, policy = ARMS[name], policy_of(name, options)
+def build_policy(name: str, gamma: int, pair: ModelPair, options: LengthOptions) -> LengthPolicy:
+    """The policy ``name``, if fixed at ``gamma``, for ``pair``.
+
+    Raises:
+        UserError: if it was fitted for another draft.
+    """
     return make_policy(
-        policy,
-        gamma=options.gamma if arm.gamma is None else arm.gamma,
+        name,
+        gamma=gamma,
         cap=options.cap,
         learning=options.gamma_updates,
         compression=pair.compression,
         weights=options.weights_folder,
-        draft=model_fingerprint(pair.draft_model) if policy in HEADS else None,
+        draft=model_fingerprint(pair.draft_model) if name in HEADS else None,
     )
 
 
-def policy_of(name: str, options: SpeculationOptions) -> str:
-    """Which policy the arm ``name`` plays."""
-    return ARMS[name].policy or options.policy
+def policy_of(name: str, options: PolicyOptions) -> tuple[str, int]:
+    """Which policy the arm ``name`` plays, and at which gamma if it is fixed."""
+    arm = ARMS[name]
+    return arm.policy or options.policy, options.gamma if arm.gamma is None else arm.gamma
 
 
 def check_arms(names: tuple[str, ...], draft: str | None) -> None:

@@ -9,7 +9,7 @@ import os
 import statistics
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,14 @@ from rich.table import Table
 from transformers import GenerationConfig
 
 from controllers import make_policy
-from experiments.options import MATCH, WINDOW, ModelOptions, TextOptions, check_rule, check_window
+from experiments.options import (
+    MATCH,
+    WINDOW,
+    ModelOptions,
+    SamplingOptions,
+    check_rule,
+    check_window,
+)
 from experiments.peers import Arm, peers
 from experiments.report import number
 from experiments.results import Results
@@ -34,7 +41,7 @@ from tts.policy import LengthPolicy
 
 
 @dataclass(frozen=True)
-class Bench(ModelOptions, TextOptions):
+class Bench(ModelOptions, SamplingOptions):
     """Tokens per second against transformers, arms interleaved.
 
     Args:
@@ -63,14 +70,15 @@ class Bench(ModelOptions, TextOptions):
     acceptance: str = "block"
     learners: bool = True
     learning_gamma: int = 0
-    distill: DistillConfig = field(default_factory=DistillConfig)
+    # a segment is short: what they learn is carried from one to the next
+    distill: DistillConfig = field(default_factory=lambda: DistillConfig(scope="session"))
     memory: Memory = field(default_factory=Memory)
     peers: bool = True
     results: str = "results"
     run_id: str = ""
 
     def __post_init__(self) -> None:
-        TextOptions.__post_init__(self)
+        SamplingOptions.__post_init__(self)
         if self.segments < 1 or self.segment_tokens < 2:
             raise UserError("segments, segment_tokens: use at least 1 and 2")
         for gamma in (*self.gammas, *self.lengths, self.learning_gamma):
@@ -114,7 +122,7 @@ def bench(config: Bench) -> dict[str, Any]:
         print(f"run_id: {results.folder} is finished with the same config", file=sys.stderr)
         return results.finished
     with results.starting():
-        pair = config.load()
+        pair = config.load(config.draft, config.compression)
         prompts = _prompts(path.dialogues, config.segments, pair)
         arms = _arms(config, pair)
     speeds: dict[str, list[float]] = {name: [] for name in arms}
@@ -175,9 +183,8 @@ def _arms(config: Bench, pair: ModelPair) -> dict[str, Arm]:
     for gamma in config.gammas:
         add(str(gamma), make_policy("fixed", gamma=gamma), pair if gamma else alone)
     if config.learners:
-        # a segment is short: what they learn is carried from one to the next
-        learns = {"distill": replace(config.distill, scope="session")}
-        remembers, copies = {"memory": config.memory}, {"lookup": PromptLookup(shortest=MATCH)}
+        learns, remembers = {"distill": config.distill}, {"memory": config.memory}
+        copies = {"lookup": PromptLookup(shortest=MATCH)}
         for name, settings in (
             ("", {}),
             (" and draft learn", learns),

@@ -55,7 +55,9 @@ def decode(
         result = decoder.generate(
             ids,
             session=chat.session,
-            generation_config=text.generation_config(min(left, text.turn_tokens)),
+            generation_config=text.generation_config(
+                min(left, text.turn_tokens if path is None else len(path))
+            ),
             seed=text.seed + dialogue.seed,
             path=path,
             on_round=None

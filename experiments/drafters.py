@@ -9,9 +9,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from experiments.arms import ARMS, build
+from controllers import make_policy
+from experiments.arms import ARMS, build, build_policy
 from experiments.curves import Curve, acceptance_curve, interval, known, overlap_curve
-from experiments.options import ModelOptions, SpeculationOptions, TextOptions, check_rule
+from experiments.options import (
+    AmountOptions,
+    LearningOptions,
+    LengthOptions,
+    SpeculationOptions,
+    TargetOptions,
+    check_rule,
+)
 from experiments.report import number, spread, thirds
 from experiments.results import Results
 from experiments.turns import Rounds, check_segment, take_turns
@@ -31,25 +39,29 @@ MODES = {
 
 
 @dataclass(frozen=True)
-class Drafters(ModelOptions, TextOptions, SpeculationOptions):
+class Drafters(TargetOptions, AmountOptions, SpeculationOptions, LengthOptions, LearningOptions):
     """Compare drafters, each with a fixed gamma and with the gamma MLP.
 
     Args:
         drafters: names of shipped drafts, folders, hub ids or prompt_lookup; all is every shipped
             one and prompt_lookup.
+        compression: of the target's weights; that of the path.
         path: a file of `tts record`; every arm commits its tokens.
         modes: of static, window, online, memory, memory_online, and with the gamma MLP alone lookup
             and memory_lookup.
-        policies: of fixed (at gamma) and mlp.
+        policies: of fixed and mlp.
+        gamma: speculation length of fixed.
         segment_tokens: after so many the next arm has its turn.
         results: folder for all results.
         run_id: a new one if empty.
     """
 
     drafters: tuple[str, ...] = (ALL,)
+    compression: str = "none"
     path: str = ""
     modes: tuple[str, ...] = tuple(MODES)
     policies: tuple[str, ...] = ("fixed", "mlp")
+    gamma: int = 4
     segment_tokens: int = 48
     conversations: int = 0
     max_new_tokens: int = 3000
@@ -57,8 +69,10 @@ class Drafters(ModelOptions, TextOptions, SpeculationOptions):
     run_id: str = ""
 
     def __post_init__(self) -> None:
-        TextOptions.__post_init__(self)
+        AmountOptions.__post_init__(self)
         SpeculationOptions.__post_init__(self)
+        LengthOptions.__post_init__(self)
+        make_policy("fixed", gamma=self.gamma)
         check_rule(self.acceptance, self.temperature, shared=True)
         check_segment(self.segment_tokens)
         for mode in self.modes:
@@ -78,7 +92,9 @@ def drafters(config: Drafters) -> dict[str, Any]:
     if not config.path:
         raise UserError("path: give a file of `tts record`")
     path = PathFile.read(config.path)
-    path.check(config, config)
+    path.check_text(config)
+    path.check_target(config)
+    path.check_compression(config.compression)
     # looping text flatters whatever copies or learns: those windows are left out of the path
     dialogues = [_until_loop(d) for d in path.dialogues[: config.conversations or None]]
     names = config.drafters
@@ -90,9 +106,10 @@ def drafters(config: Drafters) -> dict[str, Any]:
         return results.finished
     with results.starting():
         # nobody's overlap is measured beside gamma 0: it would cost 1 to 3 % of its time
-        arms = {"target": build("target", replace(config, draft=PROMPT_LOOKUP).load(), config)}
+        alone = config.load(PROMPT_LOOKUP, config.compression)
+        arms = {"target": build("target", alone, config, make_policy("fixed", gamma=0))}
         for name in names:
-            arms |= _arms(name, replace(config, draft=name))
+            arms |= _arms(name, config)
         if len(arms) == 1:
             raise UserError("modes: prompt_lookup knows static alone: name it, or another drafter")
 
@@ -116,7 +133,7 @@ def drafters(config: Drafters) -> dict[str, Any]:
 
 def _arms(name: str, config: Drafters) -> dict[str, SpeculativeDecoder]:
     """The decoders of one drafter, by the name of their row."""
-    pair = config.load()
+    pair = config.load(name, config.compression)
     made = {}
     for policy in config.policies:
         for mode in config.modes:
@@ -124,8 +141,10 @@ def _arms(name: str, config: Drafters) -> dict[str, SpeculativeDecoder]:
                 continue  # nothing to train, no state to remember by, and it copies from anywhere
             if ARMS[MODES[mode]].policy not in ("", policy):
                 continue  # copies are for the MLP, which knows what they cost
-            options = replace(config, policy=policy)
-            made[f"{name}, {mode}, {policy}"] = build(MODES[mode], pair, options)
+            lengths = build_policy(policy, config.gamma, pair, config)
+            made[f"{name}, {mode}, {policy}"] = build(
+                MODES[mode], pair, config, lengths, config.learning
+            )
     return made
 
 

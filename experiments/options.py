@@ -18,44 +18,51 @@ MATCH = 3  # tokens that have to match to be copied beside a draft: after fewer 
 
 
 @dataclass(frozen=True)
-class ModelOptions:
-    """Which models, and where.
+class TargetOptions:
+    """Which target, and where.
 
     Args:
         target: alias of a packaged model, local folder, or hub id.
-        draft: folder, hub id, prompt_lookup, or a shipped one by name (None: the first, eagle3).
         dtype: bfloat16, float16 or float32.
         device: cpu or cuda.
-        compression: of the target's weights: none, int8 or nf4 (see `tts.compression`).
     """
 
     target: str = "smollm2-135m"
-    draft: str | None = None
     dtype: str = "bfloat16"
     device: str = "cpu"
-    compression: str = "none"
 
-    def load(self, stock: bool = False) -> ModelPair:
-        """The pair; ``stock`` leaves out our attention and packing, as transformers loads it."""
+    def load(
+        self, draft: str | None, compression: str = "none", *, stock: bool = False
+    ) -> ModelPair:
+        """The target and a draft; arguments as of `load_pair`."""
         return load_pair(
             self.target,
-            self.draft,
+            draft,
             dtype=self.dtype,
             device=self.device,
-            compression=self.compression,
+            compression=compression,
             stock=stock,
         )
 
 
 @dataclass(frozen=True)
-class TextOptions:
-    """What is decoded, and how tokens are chosen.
+class ModelOptions(TargetOptions):
+    """Which models, and where.
 
     Args:
-        workload: tune, judge, single, tasks, or a JSON file of conversations (see `tts.workload`).
-        conversations: decode only the first so many (0: all).
-        max_new_tokens: generated tokens a conversation.
-        turn_tokens: generated tokens a turn at most.
+        draft: folder, hub id, prompt_lookup, or a shipped one by name (None: the first, eagle3).
+        compression: of the target's weights: none, int8 or nf4 (see `tts.compression`).
+    """
+
+    draft: str | None = None
+    compression: str = "none"
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are chosen.
+
+    Args:
         temperature: 0 is greedy.
         top_p: nucleus.
         top_k: 0 is off.
@@ -63,10 +70,6 @@ class TextOptions:
         seed: of the text; each conversation adds its own.
     """
 
-    workload: str = "judge"
-    conversations: int = 1
-    max_new_tokens: int = 4000
-    turn_tokens: int = 320
     temperature: float = 0.8
     top_p: float = 0.95
     top_k: int = 0
@@ -74,11 +77,6 @@ class TextOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "turn_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: {getattr(self, name)} is not positive: use at least 1")
-        if self.conversations < 0:
-            raise UserError(f"conversations: {self.conversations} is negative: use 0 for all")
         Sampling(self.temperature, self.top_k, self.top_p, 0.0, self.repetition_penalty)
 
     def generation_config(self, max_new_tokens: int) -> GenerationConfig:
@@ -99,41 +97,62 @@ class TextOptions:
 
 
 @dataclass(frozen=True)
-class SpeculationOptions:
-    """How the draft speculates.
+class AmountOptions(SamplingOptions):
+    """How much is decoded.
 
     Args:
-        acceptance: greedy, rejection, block or coupled.
-        policy: who chooses gamma (`controllers.POLICIES`).
-        gamma: speculation length of the fixed policy.
-        cap: largest gamma of any other policy (None: its authors' own).
-        lookup: tokens that have to match to be copied after, of the arms ``lookup...``.
-        window: sliding window over a draft model's context, of all arms but ``static`` and
-            ``draft``, which read all of it.
-        memory: what the arms ``memory...`` remember of the target's words.
-        distill: how the draft learns in the arms that let it.
-        draft_updates: False: no arm's draft learns.
-        gamma_updates: False: no arm's gamma MLP learns; it stays as it was fitted.
+        conversations: decode only the first so many (0: all).
+        max_new_tokens: generated tokens a conversation.
+    """
+
+    conversations: int = 1
+    max_new_tokens: int = 4000
+
+    def __post_init__(self) -> None:
+        SamplingOptions.__post_init__(self)
+        if self.max_new_tokens < 1:
+            raise UserError(
+                f"max_new_tokens: {self.max_new_tokens} is not positive: use at least 1"
+            )
+        if self.conversations < 0:
+            raise UserError(f"conversations: {self.conversations} is negative: use 0 for all")
+
+
+@dataclass(frozen=True)
+class TextOptions(AmountOptions):
+    """What is decoded.
+
+    Args:
+        workload: tune, judge, single, tasks, or a JSON file of conversations, as
+            `experiments.workload` has it.
+        turn_tokens: generated tokens a turn at most.
+    """
+
+    workload: str = "judge"
+    turn_tokens: int = 320
+
+    def __post_init__(self) -> None:
+        AmountOptions.__post_init__(self)
+        if self.turn_tokens < 1:
+            raise UserError(f"turn_tokens: {self.turn_tokens} is not positive: use at least 1")
+
+
+@dataclass(frozen=True)
+class LengthOptions:
+    """How the policies choose gamma.
+
+    Args:
+        cap: largest gamma of any policy that is not fixed (None: its own default).
+        gamma_updates: False: no gamma MLP learns; it stays as it was fitted.
         weights: folder of `tts fit` for the policies that are fitted ("": what ships).
     """
 
-    acceptance: str = "coupled"
-    policy: str = "fixed"
-    gamma: int = 4
     cap: int | None = None
-    lookup: int = MATCH
-    window: int = WINDOW
-    memory: Memory = field(default_factory=Memory)
-    distill: DistillConfig = field(default_factory=DistillConfig)
-    draft_updates: bool = True
     gamma_updates: bool = True
     weights: str = ""
 
     def __post_init__(self) -> None:
-        check_acceptance(self.acceptance)
-        make_policy(self.policy, gamma=self.gamma, cap=self.cap, weights=self.weights_folder)
-        PromptLookup(shortest=self.lookup)  # refuses what is no length
-        check_window(self.window)
+        make_policy("svip", cap=self.cap)
         if not self.weights_folder.is_dir():
             raise UserError(f"weights: no folder {self.weights!r}: give one of `tts fit`")
 
@@ -141,6 +160,64 @@ class SpeculationOptions:
     def weights_folder(self) -> Path:
         """Of the policies that are fitted."""
         return Path(self.weights).expanduser() if self.weights else WEIGHTS
+
+
+@dataclass(frozen=True)
+class PolicyOptions(LengthOptions):
+    """Who chooses gamma, and how.
+
+    Args:
+        policy: of `controllers.POLICIES`.
+        gamma: speculation length of the fixed policy.
+    """
+
+    policy: str = "fixed"
+    gamma: int = 4
+
+    def __post_init__(self) -> None:
+        LengthOptions.__post_init__(self)
+        make_policy(self.policy, gamma=self.gamma, cap=self.cap, weights=self.weights_folder)
+
+
+@dataclass(frozen=True)
+class SpeculationOptions:
+    """How tokens are drafted and accepted.
+
+    Args:
+        acceptance: greedy, rejection, block or coupled.
+        lookup: tokens that have to match to be copied after, of the arms ``lookup...``.
+        window: sliding window over a draft model's context, of all arms but ``static`` and
+            ``draft``, which read all of it.
+        memory: what the arms ``memory...`` remember of the target's words.
+    """
+
+    acceptance: str = "coupled"
+    lookup: int = MATCH
+    window: int = WINDOW
+    memory: Memory = field(default_factory=Memory)
+
+    def __post_init__(self) -> None:
+        check_acceptance(self.acceptance)
+        PromptLookup(shortest=self.lookup)  # refuses what is no length
+        check_window(self.window)
+
+
+@dataclass(frozen=True)
+class LearningOptions:
+    """How drafts learn.
+
+    Args:
+        distill: how, in the arms that let them.
+        draft_updates: False: no arm's draft learns.
+    """
+
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    draft_updates: bool = True
+
+    @property
+    def learning(self) -> DistillConfig | None:
+        """How a draft learns that may (None: none does)."""
+        return self.distill if self.draft_updates else None
 
 
 def check_window(window: int) -> None:

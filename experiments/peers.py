@@ -1,7 +1,6 @@
 """transformers' own ways to decode, as arms of `tts bench`."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ def peers(
         lengths: constant speculation lengths.
     """
     names = filter(None, dict.fromkeys((config.draft, *shipped_drafts(config.target))))
-    pairs = [replace(config, draft=name).load(stock=True) for name in names]
+    pairs = [config.load(name, config.compression, stock=True) for name in names]
     stock = pairs[0].target
     arms = {
         "plain": _arm(stock),

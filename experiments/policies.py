@@ -8,7 +8,8 @@ alike; what an arm learns and caches stays its own.
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -18,13 +19,20 @@ from rich.table import Table
 
 from controllers import PUBLISHED, make_policy
 from controllers.or_none import OrNone
-from experiments.arms import ARMS, build, check_arms
+from experiments.arms import ARMS, build, build_policy, check_arms
 from experiments.curves import known, ratio_interval
-from experiments.options import ModelOptions, SpeculationOptions, TextOptions, check_rule
+from experiments.options import (
+    AmountOptions,
+    LengthOptions,
+    SpeculationOptions,
+    TargetOptions,
+    check_rule,
+)
 from experiments.report import spread
 from experiments.results import Results
 from experiments.turns import Rounds, check_segment, take_turns
 from experiments.workload import PathFile, RecordedDialogue
+from tts.drafting import PromptLookup
 from tts.engine import SpeculativeDecoder
 from tts.errors import UserError
 from tts.metrics import Summary, summarise
@@ -38,10 +46,11 @@ RATIOS = (
 
 
 @dataclass(frozen=True)
-class Policies(ModelOptions, TextOptions, SpeculationOptions):
+class Policies(TargetOptions, AmountOptions, SpeculationOptions, LengthOptions):
     """Compare length policies with the best fixed gamma in hindsight, and with the oracle.
 
     Args:
+        draft: folder, hub id, prompt_lookup, or a shipped one by name (None: the first, eagle3).
         paths: files of `tts record`, each of another compression of the target.
         gammas: fixed lengths; the best of them in hindsight is what the others are compared with.
         arms: policies, by the names that `tts run` has for them; gamma is ours.
@@ -52,6 +61,7 @@ class Policies(ModelOptions, TextOptions, SpeculationOptions):
         run_id: a new one if empty.
     """
 
+    draft: str | None = None
     paths: tuple[str, ...] = ()
     gammas: tuple[int, ...] = (0, 1, 2, 3, 4, 6, 8)
     arms: tuple[str, ...] = (OURS, *PUBLISHED, ORACLE)
@@ -64,8 +74,9 @@ class Policies(ModelOptions, TextOptions, SpeculationOptions):
     run_id: str = ""
 
     def __post_init__(self) -> None:
-        TextOptions.__post_init__(self)
+        AmountOptions.__post_init__(self)
         SpeculationOptions.__post_init__(self)
+        LengthOptions.__post_init__(self)
         if self.remember and self.draft == PROMPT_LOOKUP:
             raise UserError(f"remember: {self.draft} has no states to remember by: give a model")
         check_rule(self.acceptance, self.temperature, shared=True)
@@ -77,6 +88,9 @@ class Policies(ModelOptions, TextOptions, SpeculationOptions):
         learning = [name for name in (*self.arms, *self.or_none) if ARMS[name].draft]
         if learning:
             raise UserError(f"arms: {learning[0]} lets the draft learn: lengths are compared here")
+        bare = [name for name in (*self.arms, *self.or_none) if not ARMS[name].policy]
+        if bare:
+            raise UserError(f"arms: {bare[0]} has no policy of its own: name lengths by gammas")
         if not self.gammas:
             raise UserError("gammas: none given: the best fixed one is what others are held to")
         for gamma in self.gammas:
@@ -91,8 +105,8 @@ def policies(config: Policies) -> dict[str, Any]:
     paths = {}
     for name in config.paths:
         path = PathFile.read(name)
-        regime = replace(config, compression=path.compression)
-        path.check(regime, regime)
+        path.check_text(config)
+        path.check_target(config)
         if path.compression in paths:
             raise UserError(f"paths: two of them are of compression {path.compression}: give one")
         paths[path.compression] = path.dialogues[: config.conversations or None]
@@ -104,10 +118,10 @@ def policies(config: Policies) -> dict[str, Any]:
     summary = {"results": str(results.folder), "status": "interrupted", "regimes": regimes}
     try:
         for compression, dialogues in paths.items():
-            regime = replace(config, compression=compression)
             with results.starting():
-                arms = _arms(regime, regime.load())
-            rounds = _decode(arms, dialogues, regime, results)
+                arms = _arms(config, config.load(config.draft, compression))
+            keep = partial(_keep, results, compression)
+            rounds = take_turns(arms, dialogues, config, config.segment_tokens, keep)
             regimes[compression] = compare(rounds, [f"fixed {g}" for g in config.gammas])
             regimes[compression]["load"] = os.getloadavg()[0]
             _show(compression, regimes[compression])
@@ -117,30 +131,27 @@ def policies(config: Policies) -> dict[str, Any]:
     return summary
 
 
-def _decode(
-    arms: dict[str, SpeculativeDecoder],
-    dialogues: list[RecordedDialogue],
-    config: Policies,
+def _keep(
     results: Results,
-) -> Rounds:
-    """The rounds of every arm on every dialogue, arms taking turns."""
-
-    def keep(arm: str, dialogue: RecordedDialogue, part: list[RoundRecord]) -> None:
-        head = {"arm": arm, "conversation": dialogue.id, "compression": config.compression}
-        for record in part:
-            results.append("metrics.jsonl", head | asdict(record))
-
-    return take_turns(arms, dialogues, config, config.segment_tokens, keep)
+    compression: str,
+    arm: str,
+    dialogue: RecordedDialogue,
+    part: list[RoundRecord],
+) -> None:
+    head = {"arm": arm, "conversation": dialogue.id, "compression": compression}
+    for record in part:
+        results.append("metrics.jsonl", head | asdict(record))
 
 
 def _arms(config: Policies, pair: ModelPair) -> dict[str, SpeculativeDecoder]:
-    def arm(name: str, config: Policies = config) -> SpeculativeDecoder:
-        return build(name, pair, config, config.remember)
+    def arm(name: str, gamma: int = 0) -> SpeculativeDecoder:
+        policy = build_policy(ARMS[name].policy or "fixed", gamma, pair, config)
+        return build(name, pair, config, policy, remember=config.remember)
 
-    made = {
-        f"fixed {gamma}": arm("window", replace(config, policy="fixed", gamma=gamma))
-        for gamma in config.gammas
-    }
+    made = {f"fixed {gamma}": arm("window", gamma) for gamma in config.gammas}
+    if "fixed 0" in made:  # it pays for nobody's overlap
+        alone = pair._replace(draft=PromptLookup())
+        made["fixed 0"] = build("target", alone, config, make_policy("fixed", gamma=0))
     made |= {name: arm(name) for name in config.arms}
     for name in config.or_none:
         decoder = arm(name)
@@ -201,7 +212,10 @@ def prices(rounds: Rounds) -> dict[tuple[int, int], float]:
     times: dict[tuple[int, int], list[float]] = {}
     for texts in rounds.values():
         for record in (r for of in texts.values() for r in of):
-            times.setdefault(_kind(record), []).append(record.total_ms - record.policy_ms)
+            ms = record.total_ms - record.policy_ms
+            if not record.num_drafted:  # a draft that read what it had missed, for its overlap
+                ms -= record.draft_ms
+            times.setdefault(_kind(record), []).append(ms)
     return {kind: median(values) for kind, values in sorted(times.items())}
 
 

@@ -7,7 +7,7 @@ at every compression of the target in turn (see `experiments.steps`).
 import os
 import statistics
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from tts.compression import COMPRESSION, check_compression
 from tts.drafting import Memory, make_drafter
 from tts.errors import UserError
 from tts.fingerprint import model_fingerprint
-from tts.models import ModelPair
+from tts.models import PROMPT_LOOKUP, ModelPair
 from tts.sampling import Distribution, Warper
 from tts.settings import Sampling
 
@@ -68,6 +68,8 @@ class Profile(ModelOptions, TextOptions):
     def __post_init__(self) -> None:
         TextOptions.__post_init__(self)
         make_policy("svip", cap=self.cap)
+        if self.records and self.draft == PROMPT_LOOKUP:
+            raise UserError(f"draft: {self.draft} has no states to record: give a model")
         if not self.contexts or not self.rows or not self.compressions:
             raise UserError("contexts, rows, compressions: name at least one of each")
         for compression in self.compressions:
@@ -80,7 +82,7 @@ def profile(config: Profile) -> dict[str, Any]:
     """Measure, print, return the JSON summary."""
     if config.records:
         return _records(config)
-    pair = config.load()
+    pair = config.load(config.draft, config.compression)
     bandwidth = read_bandwidth(pair.target.device)
     verify: dict[int, dict[int, float]] = {}
     draft: dict[int, dict[int, float]] = {}
@@ -105,7 +107,7 @@ def _records(config: Profile) -> dict[str, Any]:
     file = writable(config.records, "records")
     prompts, written, states = dialogues(config), [], []
     for compression in config.compressions:
-        pair = replace(config, compression=compression).load()
+        pair = config.load(config.draft, compression)
         for step, hidden in collect(
             pair, prompts, config, config.cap, config.memory, config.window
         ):

@@ -4,28 +4,38 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from experiments.arms import build, build_policy, check_arms, policy_of
+from experiments.arms import ARMS, LASTING, build, build_policy, check_arms, policy_of
 from experiments.curves import BIN, CURVES, ahead_from, bin_edges, length
 from experiments.decode import Decoded, OnRound, decode, recorded
 from experiments.live import Live
-from experiments.options import ModelOptions, SpeculationOptions, TextOptions, check_rule
+from experiments.options import (
+    LearningOptions,
+    ModelOptions,
+    PolicyOptions,
+    SpeculationOptions,
+    TextOptions,
+    check_rule,
+)
 from experiments.plots import position_figure
 from experiments.report import arms_table
 from experiments.results import Results
 from experiments.trackers import MODES, make_tracker
 from experiments.workload import Dialogue, PathFile, RecordedDialogue, dialogues
+from tts.engine import SpeculativeDecoder
 from tts.errors import UserError
 from tts.metrics import LOOP, distinct_4, distinct_4_windows, summarise
 from tts.models import ModelPair
 from tts.records import RoundRecord
+from tts.state import load_state, save_state
 
 
 @dataclass(frozen=True)
-class Run(ModelOptions, TextOptions, SpeculationOptions):
+class Run(ModelOptions, TextOptions, SpeculationOptions, PolicyOptions, LearningOptions):
     """Decode conversations and show acceptance over the output position.
 
     The first arm writes the text, unless a path is given; all others commit the same tokens.
@@ -35,6 +45,7 @@ class Run(ModelOptions, TextOptions, SpeculationOptions):
             lookup_both, memory, memory_draft, memory_gamma, memory_both, memory_lookup, and the
             published policies by their names: svip, confidence, ...
         path: a file of `tts record`; every arm commits its tokens.
+        learned: results folder of another run; these arms go on from what they had learned there.
         results: folder for all results.
         run_id: a new one if empty.
         wandb: disabled, offline or online.
@@ -44,6 +55,7 @@ class Run(ModelOptions, TextOptions, SpeculationOptions):
         "target", "static", "draft", "gamma", "both", "memory", "memory_lookup",
     )  # fmt: skip
     path: str = ""
+    learned: str = ""
     results: str = "results"
     run_id: str = ""
     wandb: str = "offline"
@@ -51,12 +63,18 @@ class Run(ModelOptions, TextOptions, SpeculationOptions):
     def __post_init__(self) -> None:
         TextOptions.__post_init__(self)
         SpeculationOptions.__post_init__(self)
+        PolicyOptions.__post_init__(self)
         check_arms(self.arms, self.draft)
         check_rule(self.acceptance, self.temperature, bool(self.path) or len(self.arms) > 1)
-        if not self.path and policy_of(self.arms[0], self) == "oracle":
+        if not self.path and policy_of(self.arms[0], self)[0] == "oracle":
             raise UserError(
                 "arms: the first one writes the text, oracle needs it in advance: give a path, or "
                 "put another arm first"
+            )
+        learns = self.draft_updates and any(ARMS[arm].draft for arm in self.arms)
+        if self.learned and learns and self.distill.scope == "sequence":
+            raise UserError(
+                "learned: with scope sequence a draft forgets at once: use --distill.scope session"
             )
         if self.wandb not in MODES:
             raise UserError(f"wandb: {self.wandb!r} is not one of {', '.join(MODES)}")
@@ -70,18 +88,27 @@ def run(config: Run) -> dict[str, Any]:
         print(f"run_id: {results.folder} is finished with the same config", file=sys.stderr)
         return _brief(results.finished)
     with results.starting():
-        pair = config.load()
-        for arm in config.arms:
-            build_policy(arm, pair, config)  # what does not fit is refused before anything runs
+        pair = config.load(config.draft, config.compression)
+        arms = {arm: _decoder(arm, pair, config) for arm in config.arms}
+        learners = {
+            arm: decoder
+            for arm, decoder in arms.items()
+            if decoder.coordinator or policy_of(arm, config)[0] in LASTING
+        }
+        if config.learned:
+            if not learners:
+                raise UserError("learned: none of these arms learns: leave it out")
+            for arm, decoder in learners.items():
+                load_state(decoder, _learned(Path(config.learned).expanduser(), arm))
     measured = Measured(config, results)
     status = "interrupted"
     try:
         for text in texts:
             current: Dialogue | RecordedDialogue = text
-            for arm in config.arms:
+            for arm, decoder in arms.items():
                 with Live(f"{text.id} {arm}", config.max_new_tokens) as live:
                     observer = measured.observer(arm, text, live.show)
-                    done = decode(build(arm, pair, config), current, config, observer)
+                    done = decode(decoder, current, config, observer)
                 measured.sample(pair, arm, text.id, done)
                 if isinstance(current, Dialogue):
                     current = recorded(text, done)
@@ -89,6 +116,8 @@ def run(config: Run) -> dict[str, Any]:
     finally:
         # an interruption loses nothing that was measured
         summary = measured.finish(status)
+        for arm, decoder in learners.items():
+            save_state(decoder, _learned(results.folder, arm))
     measured.show(summary)
     return _brief(summary)
 
@@ -217,17 +246,30 @@ class Measured:
         c = self._config
         texts = max((len(texts) for texts in self._arms.values()), default=0)
         return (
-            f"{c.target}, {c.dtype}, compression {c.compression}, {c.workload}, "
+            f"{c.target}, {c.dtype}, compression {c.compression}, "
+            f"{Path(c.path).stem if c.path else c.workload}, "
             f"temperature {c.temperature}, top-p {c.top_p}, {c.acceptance}, "
             f"gamma {c.gamma}, seed {c.seed}, n = {texts}"
         )
+
+
+def _decoder(arm: str, pair: ModelPair, config: Run) -> SpeculativeDecoder:
+    policy = build_policy(*policy_of(arm, config), pair, config)
+    return build(arm, pair, config, policy, config.learning)
+
+
+def _learned(folder: Path, arm: str) -> Path:
+    """The file of what ``arm`` has learned in a run."""
+    return folder / f"{arm}.safetensors"
 
 
 def _texts(config: Run) -> list[Dialogue] | list[RecordedDialogue]:
     if not config.path:
         return dialogues(config)
     path = PathFile.read(config.path)
-    path.check(config, config)
+    path.check_text(config)
+    path.check_target(config)
+    path.check_compression(config.compression)
     return path.dialogues[: config.conversations or None]
 
 

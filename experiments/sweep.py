@@ -56,7 +56,7 @@ class Sweep(ModelOptions):
     path: str = ""
     conversations: int = 0
     draft_window: int | None = None
-    distill: DistillConfig = field(default_factory=DistillConfig)
+    distill: DistillConfig = field(default_factory=lambda: DistillConfig(max_update_share=1.0))
     memory: Memory | None = None
     draft_updates: bool = True
     vary: dict[str, list[Any]] = field(default_factory=dict)
@@ -74,6 +74,8 @@ class Sweep(ModelOptions):
                 if others:
                     memory = replace(memory or Memory(), **others)
                 made.append((special, replace(self.distill, **fields), memory))
+                if made[-1][1].max_update_share < 1:
+                    raise UserError("max_update_share: a replay takes no time to share: use 1")
             except TypeError as error:
                 raise UserError(f"vary: {error}: use fields of distill or memory") from None
         return made
@@ -95,8 +97,10 @@ def sweep(config: Sweep) -> dict[str, Any]:
         raise UserError("path: give a file of `tts record`")
     settings = config.settings()
     path = PathFile.read(config.path)
+    path.check_target(config)
+    path.check_compression(config.compression)
     sampling = Sampling(path.temperature, path.top_k, path.top_p, 0.0, path.repetition_penalty)
-    pair = config.load()
+    pair = config.load(config.draft, config.compression)
     head = teacher_head(pair.target) if config.draft_updates else None
     size = min(distill.stride for _, distill, _ in settings)
     texts = {
@@ -108,7 +112,7 @@ def sweep(config: Sweep) -> dict[str, Any]:
     for special, distill, memory in track(settings, "replaying"):
         coordinator = None
         if head is not None:
-            coordinator = Coordinator(pair.draft, head, replace(distill, max_update_share=1.0))
+            coordinator = Coordinator(pair.draft, head, distill)
         online = {
             name: replay(pair, blocks, sampling, coordinator, config.draft_window, memory)
             for name, blocks in texts.items()

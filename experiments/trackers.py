@@ -18,7 +18,7 @@ class Tracker(Protocol):
 
 
 class NoTracker:
-    """The default."""
+    """Nothing is kept."""
 
     def log(self, values: dict[str, Any]) -> None:
         pass

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from controllers.oracle import Oracle
-from experiments.options import TextOptions
+from experiments.options import AmountOptions
 from experiments.workload import RecordedDialogue
 from tts.conversation import Conversation
 from tts.engine import SpeculativeDecoder
@@ -31,7 +31,7 @@ def check_segment(tokens: int) -> None:
 def take_turns(
     arms: Mapping[str, SpeculativeDecoder],
     dialogues: list[RecordedDialogue],
-    text: TextOptions,
+    text: AmountOptions,
     size: int,
     on_part: OnPart,
 ) -> Rounds:
@@ -62,7 +62,7 @@ def take_turns(
 
 
 def _segments(
-    decoder: SpeculativeDecoder, dialogue: RecordedDialogue, text: TextOptions, size: int
+    decoder: SpeculativeDecoder, dialogue: RecordedDialogue, text: AmountOptions, size: int
 ) -> Iterator[list[RoundRecord]]:
     """The rounds of each segment; a segment's first token but a turn's is given, not decoded."""
     chat = Conversation(decoder)

@@ -1,7 +1,8 @@
 """What is decoded: conversations of many user turns, and the recorded token paths of them.
 
 A conversation file is JSON: ``{"conversations": [{"id": ..., "turns": ["user text", ...]}]}``, or
-one ``{"turns": [...]}`` a line. A path file adds the tokens that answered each turn.
+one ``{"turns": [...]}`` a line, as in Spec-Bench (whose ``question_id`` will do). A path file
+adds the tokens that answered each turn.
 """
 
 import json
@@ -12,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from experiments.options import ModelOptions, TextOptions, readable
+from experiments.options import SamplingOptions, TargetOptions, TextOptions, readable
 from tts.errors import UserError
 
 FOLDER = Path(__file__).parent / "workload"
@@ -81,27 +82,29 @@ class PathFile:
         _check_ids(dialogues)
         return made
 
-    def check_target(self, models: ModelOptions) -> None:
-        """Tokens are those of one target."""
-        if self.target != models.target:
+    def check_target(self, options: TargetOptions) -> None:
+        """Tokens are those of one target, whatever its compression."""
+        if self.target != options.target:
             raise UserError(
-                f"target: {models.target!r} did not write this path, {self.target!r} did"
+                f"target: {options.target!r} did not write this path, {self.target!r} did"
             )
 
-    def check(self, text: TextOptions, models: ModelOptions) -> None:
-        """Paired arms must draft with the noise and the warping that the path was drawn with."""
-        for field in ("temperature", "top_p", "top_k", "repetition_penalty", "seed"):
-            if getattr(self, field) != getattr(text, field):
-                raise UserError(
-                    f"{field}: {getattr(text, field)} is not the {getattr(self, field)} that the "
-                    "path was recorded with: use the same"
-                )
-        self.check_target(models)
-        if self.compression != models.compression:
+    def check_compression(self, compression: str) -> None:
+        """What the target says of its own words depends on its weights."""
+        if self.compression != compression:
             raise UserError(
-                f"compression: {models.compression} is not the {self.compression} that the path "
+                f"compression: {compression} is not the {self.compression} that the path "
                 "was recorded with: record one of its own"
             )
+
+    def check_text(self, sampling: SamplingOptions) -> None:
+        """Paired arms must draft with the noise and the warping that the path was drawn with."""
+        for field in ("temperature", "top_p", "top_k", "repetition_penalty", "seed"):
+            if getattr(self, field) != getattr(sampling, field):
+                raise UserError(
+                    f"{field}: {getattr(sampling, field)} is not the {getattr(self, field)} that "
+                    "the path was recorded with: use the same"
+                )
 
 
 def dialogues(options: TextOptions) -> list[Dialogue]:
@@ -117,7 +120,8 @@ def dialogues(options: TextOptions) -> list[Dialogue]:
     else:
         found = _parse(readable(name, "workload"))
     made = [
-        Dialogue(str(d.get("id", i)), d["turns"], d.get("seed", i)) for i, d in enumerate(found)
+        Dialogue(str(d.get("id", d.get("question_id", i))), d["turns"], d.get("seed", i))
+        for i, d in enumerate(found)
     ]
     _check_ids(made)
     return made[: options.conversations or None]

@@ -21,7 +21,7 @@ from controllers.hazard import (
     loss_and_gradient,
     split,
 )
-from controllers.mlp import Mlp
+from controllers.mlp import PATIENCE, Mlp
 from controllers.probe import Probe
 from tests.test_policies import STATE, said
 from tts.errors import UserError
@@ -305,7 +305,19 @@ def test_a_no_is_of_the_moment_and_then_what_is_usual_decides(monkeypatch, accep
     assert set(plans[1:]) == {policy.cap if asked else 0}
 
 
-@pytest.mark.parametrize(("ms", "asked"), [(2.0, False), (12.0, True)])
+@pytest.mark.parametrize("lost", [0.0, PATIENCE])
+def test_a_rest_begins_only_once_drafting_has_lost_enough(monkeypatch, lost):
+    world, policy = World(0.02), make_policy("mlp")
+    world.drafted(policy, 200)
+    assert policy._lost == PATIENCE, "at this acceptance it loses what it costs"
+    policy._resting, policy._behind, policy._option, policy._lost = False, True, 0.0, lost
+    monkeypatch.setattr(policy._probe, "due", lambda: False)
+    assert policy.plan(RoundState(0, 50, CAP)) == (0 if lost else policy.cap)
+    policy.reset()
+    assert policy._lost == 0, "another text"
+
+
+@pytest.mark.parametrize(("ms", "asked"), [(2.0, False), (15.0, True)])
 def test_a_first_token_is_questioned_only_where_it_is_dear(monkeypatch, ms, asked):
     world, policy, questions = World(0.6), make_policy("mlp"), []
     world.drafted(policy, 200)

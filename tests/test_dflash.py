@@ -179,7 +179,7 @@ def z_lab(model, folder, inside=False, **changes):
 def test_bench_has_transformers_own_generation_for_the_draft(target_folder, tmp_path):
     target = tiny.model("llama3.1")
     dflash_checkpoint.save(dflash(target, target_layers=(1, 2)), tmp_path / "draft")
-    config = ModelOptions(str(target_folder), str(tmp_path / "draft"), "float32")
+    config = ModelOptions(str(target_folder), "float32", draft=str(tmp_path / "draft"))
     arms = peers(config, target, lengths=(1,))
     assert list(arms) == [
         f"transformers, {name}"

@@ -30,7 +30,7 @@ def test_every_drafter_and_mode_is_a_row(folders, capsys):
     names = [str(folders / "eagle3"), str(folders / "dflash"), "prompt_lookup"]
     arguments = [
         "drafters", *common, "--drafters", json.dumps(names), "--path", path, "--gamma", "2",
-        "--results", str(folders / "results"), "--draft", target, "--segment_tokens", "8",
+        "--results", str(folders / "results"), "--segment_tokens", "8",
         "--distill.stride", "4", "--distill.max_update_share", "1",
     ]  # fmt: skip
     assert main(arguments) == 0

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from controllers import make_policy
 from experiments import bench as bench_module
 from experiments import trackers
 from experiments.arms import build
@@ -29,9 +30,9 @@ from experiments.curves import (
     worst,
 )
 from experiments.distill_offline import DRAFTERS
-from experiments.options import SpeculationOptions
+from experiments.options import SpeculationOptions, TextOptions
 from experiments.results import Results
-from experiments.workload import FOLDER, PathFile
+from experiments.workload import FOLDER, Dialogue, PathFile, dialogues
 from tests import tiny
 from tests.test_engine import PROMPT, decode, greedy
 from tts.acceptance import Block
@@ -88,7 +89,8 @@ def test_published_policies_are_arms_on_the_same_text(tts):
 def test_every_arm_but_static_and_draft_reads_the_newest_positions_only():
     pair, options = tiny.pair("llama3.1"), SpeculationOptions(window=8)
     names = ("static", "draft", "window", "draft_window", "memory", "gamma", "both", "lookup")
-    reads = {name: build(name, pair, options)._draft_window for name in names}
+    policy = make_policy("fixed")
+    reads = {name: build(name, pair, options, policy)._draft_window for name in names}
     assert reads == dict.fromkeys(names, 8) | {"static": None, "draft": None}
 
 
@@ -179,7 +181,7 @@ def test_a_recorded_path_is_what_later_runs_commit(tts, tmp_path):
         (["--draft=prompt_lookup", "--arms=[specdecpp]"], "specdecpp reads the draft's states"),
         (["--arms=[oracle,static]"], "oracle needs it in advance"),
         (["--arms=[static,specdecpp]"], "trained for another draft"),
-        (["--policy=speckv", "--weights={file}"], "holds no SpecKV regressor"),
+        (["--policy=speckv", "--weights=."], "holds no SpecKV regressor"),
         (["--compression=int4"], "compression: 'int4'"),
         (["--workload={long}"], "context"),
         (["--gamme=3"], "gamme"),
@@ -222,6 +224,13 @@ def test_a_users_mistake_is_one_sentence_and_exit_code_2(tts, tmp_path, flags, m
     assert message in err
     assert len(err.strip().splitlines()) == 1
     assert "Traceback" not in err
+
+
+def test_questions_of_spec_bench_are_a_workload(tmp_path):
+    lines = [{"question_id": 81, "category": "writing", "turns": ["a", "b"]}, {"turns": ["c"]}]
+    (tmp_path / "question.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = dialogues(TextOptions(workload=str(tmp_path / "question.jsonl"), conversations=0))
+    assert found == [Dialogue("81", ["a", "b"], 0), Dialogue("1", ["c"], 1)]
 
 
 def path_of(answers):
@@ -291,7 +300,7 @@ def test_bench_times_ours_and_transformers_own(tts, tmp_path, monkeypatch):
     tts("record", f"--out={path}")
     code, out, _ = tts(
         "bench", f"--path={path}", "--segments=2", "--segment-tokens=12", "--gammas=[0,2]",
-        "--lengths=[2]", "--learning-gamma=2", f"--results={tmp_path}", "--run-id=b",
+        "--lengths=[2]", "--learning-gamma=2", f"--results={tmp_path}", "--run-id=b", text=False,
     )  # fmt: skip
     assert code == 0
     medians = json.loads(out.splitlines()[-1])["tok_s_median"]
@@ -306,7 +315,7 @@ def test_bench_times_ours_and_transformers_own(tts, tmp_path, monkeypatch):
     }  # fmt: skip
     assert all(value > 0 for value in medians.values())
     assert judged
-    code, _, err = tts("bench", f"--path={path}", "--acceptance=maybe")
+    code, _, err = tts("bench", f"--path={path}", "--acceptance=maybe", text=False)
     assert code != 0
     assert "acceptance: 'maybe'" in err
 
@@ -342,6 +351,28 @@ def test_the_four_arms_share_one_text_and_show_their_updates(tts, tmp_path):
     assert code == 0
     arms = json.loads(out.strip().splitlines()[-1])["arms"]
     assert all(arm["num_updates"] == 0 for arm in arms.values())
+
+
+@pytest.mark.parametrize("scope", ["sequence", "session"])
+def test_what_a_draft_learned_in_one_conversation_goes_on_in_the_next(tts, tmp_path, scope):
+    code, _, _ = tts(
+        "run", "--arms=[draft]", "--run-id=s", f"--distill.scope={scope}", "--distill.stride=4",
+        "--distill.max-update-share=1", "--distill.window=4", "--distill.rank=2",
+    )  # fmt: skip
+    assert code == 0
+    rows = (tmp_path / "results" / "run" / "s" / "metrics.jsonl").read_text().splitlines()
+    begin = {row["conversation"]: row["adapted"] for row in map(json.loads, reversed(rows))}
+    assert begin == {"a": False, "b": scope == "session"}
+    on = ["run", "--arms=[draft]", f"--learned={tmp_path / 'results' / 'run' / 's'}"]
+    code, _, err = tts(*on, "--run-id=t", f"--distill.scope={scope}", "--distill.rank=2")
+    assert (code, "forgets at once" in err) == ((0, False) if scope == "session" else (2, True))
+    if code == 0:
+        rows = (tmp_path / "results" / "run" / "t" / "metrics.jsonl").read_text().splitlines()
+        assert json.loads(rows[0])["adapted"]
+    for arm, says in (("gamma", "cannot read"), ("static", "none of these arms learns")):
+        code, _, err = tts("run", "--learned=/nowhere", f"--arms=[{arm}]")
+        assert code == 2
+        assert says in err
 
 
 def test_compare_joins_runs_and_leaves_out_what_not_every_arm_finished(tts, tmp_path, capsys):
@@ -538,7 +569,7 @@ def test_arms_take_turns_at_going_first_and_write_equally_many(tmp_path, monkeyp
 
         return run
 
-    monkeypatch.setattr(bench_module.Bench, "load", lambda self: None)
+    monkeypatch.setattr(bench_module.Bench, "load", lambda *_: None)
     monkeypatch.setattr(bench_module, "_prompts", lambda *_: [torch.zeros(1, 4)] * 3)
     monkeypatch.setattr(bench_module, "_arms", lambda *_: {name: arm(name) for name in "abc"})
     path = str(FOLDER / "paths" / "judge.json")

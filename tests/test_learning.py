@@ -5,8 +5,10 @@ import dataclasses
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 
 from controllers import make_policy
 from controllers.mlp import Mlp
@@ -27,7 +29,7 @@ from tts.evidence import Evidence, Rows
 from tts.lean import separate
 from tts.llama import straighten
 from tts.packing import pack
-from tts.state import load_state, save_state
+from tts.state import load_state, save_adapter, save_state
 
 EAGER = DistillConfig(stride=1, window=8, rank=4, learning_rate=0.01, max_update_share=1.0)
 POLICIES = ["fixed", "mlp"]
@@ -486,6 +488,27 @@ def test_a_saved_state_goes_on_in_another_decoder(tmp_path):
         load_state(two, tmp_path / "none")
 
 
+def test_an_adapter_is_written_as_peft_reads_it(tmp_path):
+    pair = learnable()
+    distill = DistillConfig(stride=1, window=8, rank=4, learning_rate=0.01, max_update_share=1.0)
+    policy = make_policy("fixed")
+    decoder = SpeculativeDecoder(pair, policy=policy, distill=distill)
+    decoder.generate(PROMPT, generation_config=sampled(60))
+    save_adapter(decoder, tmp_path)
+    tokens = torch.tensor([TOKENS])
+    with torch.no_grad():
+        bare = pair.draft(input_ids=tokens).logits
+        read = PeftModel.from_pretrained(copy.deepcopy(pair.draft), tmp_path)(tokens).logits
+        live = decoder.coordinator.live(input_ids=tokens).logits
+    torch.testing.assert_close(read, live)
+    assert (live - bare).abs().max() > 0.01
+    with pytest.raises(UserError, match="has none"):
+        save_adapter(SpeculativeDecoder(pair, policy=policy), tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        save_adapter(decoder, tmp_path / "file")
+
+
 def test_evidence_is_bounded_and_windows_never_span_a_prompt():
     evidence = Evidence(capacity=32)
 
@@ -498,6 +521,9 @@ def test_evidence_is_bounded_and_windows_never_span_a_prompt():
     add(40, 3)
     window = evidence.window(8, 100)
     assert (window.first, window.end) == (40, 43)
+    parts = evidence.windows(8, 100)  # what lies before the prompt, as well
+    assert [(part.first, part.end) for part in parts] == [(40, 43), (15, 20)]
+    assert [len(part) for part in evidence.windows(100, 42)] == [2, 20]
     window = evidence.window(8, 19)
     assert (window.first, window.end) == (11, 19)
     assert window.hidden[:, 0].tolist() == list(range(11, 19))
@@ -631,7 +657,29 @@ def test_the_guard_judges_on_rows_that_no_step_has_seen():
     assert teach(9)
     assert teach(13)
     windows, _, _, fresh = steps[1]
-    assert (windows[0].rows.first, windows[0].rows.end, fresh) == (5, 13, 9)
+    assert (windows[0].rows.first, windows[0].rows.end, fresh) == (5, 13, [9])
+
+
+def test_rows_on_either_side_of_a_prompt_are_learned_and_judged():
+    coordinator, lesson, teach, steps = course()
+    assert teach(4) is None, "three rows are no stride"
+    coordinator.observe(lesson, rows_of(learnable().target, TOKENS)[7:9], True, 0.0)
+    record = coordinator.update(lesson, TOKENS[:10], 10, 1.0)
+    ((windows, _, bare, fresh),) = steps
+    assert [(w.rows.first, w.rows.end) for w in windows] == [(8, 10), (1, 4)]
+    assert (fresh, [len(logits) for logits in bare]) == ([8, 1], [2, 3])
+    assert record.gain == pytest.approx(0.0, abs=1e-5), "nothing was learned before"
+    assert lesson.learned == 10
+
+
+def test_every_row_counts_alike():
+    pair = learnable()
+    windows = [window_of(pair, TOKENS), window_of(pair, TOKENS[5:12])]
+    counts = [len(window.rows) for window in windows]
+    assert counts[0] != counts[1]
+    apart = [learner_of(pair).step([window], 1.0).loss for window in windows]
+    both = learner_of(pair).step(windows, 1.0).loss
+    assert both == pytest.approx(np.average(apart, weights=counts))
 
 
 def test_the_best_adapter_is_kept():
@@ -698,7 +746,7 @@ def test_the_bare_draft_of_a_second_sequence_has_keys_of_its_own():
     rows = rows_of(tiny.model("llama3.1"), sequence)
     coordinator.observe(second, rows[20:], True, 0.0)
     assert coordinator.update(second, sequence, len(sequence), 1.0)
-    *_, bare, fresh = steps[-1]
+    *_, (bare,), (fresh,) = steps[-1]
     expected = coordinator._draft(torch.tensor([sequence])).logits[0, fresh - 1 : -1]
     torch.testing.assert_close(bare, expected, atol=1e-4, rtol=1e-4)
 

@@ -8,7 +8,7 @@ from controllers.fixed import Fixed
 from controllers.or_none import FIRST, PROBE, OrNone
 from experiments.cli import main
 from experiments.options import SpeculationOptions
-from experiments.policies import compare
+from experiments.policies import Policies, _arms, compare
 from experiments.results import Results
 from experiments.turns import _cut
 from tests import tiny
@@ -29,12 +29,13 @@ def models(tmp_path_factory):
 
 def flags(models):
     return [f"--target={models / 'target'}", f"--draft={models / 'draft'}", "--dtype=float32",
-            "--max-new-tokens=40", "--turn-tokens=21"]  # fmt: skip
+            "--max-new-tokens=40"]  # fmt: skip
 
 
 def test_every_arm_commits_the_path_and_is_held_to_the_best_fixed_gamma(models, tmp_path, capsys):
     path = tmp_path / "path.json"
-    text = [f"--workload={models / 'talk.json'}", "--conversations=0", f"--out={path}"]
+    text = [f"--workload={models / 'talk.json'}", "--conversations=0", "--turn-tokens=21",
+            f"--out={path}"]  # fmt: skip
     assert main(["record", *flags(models), *text]) == 0
     code = main([
         "policies", *flags(models), f"--paths=[{path}]", "--gammas=[0,3]", "--segment-tokens=10",
@@ -64,6 +65,7 @@ def test_every_arm_commits_the_path_and_is_held_to_the_best_fixed_gamma(models, 
         (["--gammas=[]"], "gammas: none given"),
         (["--gammas=[99]"], "gamma: 99"),
         (["--arms=[draft]"], "lets the draft learn"),
+        (["--arms=[window]"], "window has no policy of its own"),
         (["--segment-tokens=1"], "segment_tokens: 1"),
         (["--remember=true", "--draft=prompt_lookup"], "remember: prompt_lookup has no states"),
         (["--or-none=[clever]"], "arms: 'clever'"),
@@ -73,6 +75,13 @@ def test_every_arm_commits_the_path_and_is_held_to_the_best_fixed_gamma(models, 
 def test_what_cannot_be_compared_is_refused(models, capsys, wrong, message):
     assert main(["policies", *flags(models), *wrong]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_all_lengths_are_compared_with_one_draft():
+    config = Policies(window=7, arms=("gamma", "svip", "oracle"), or_none=("svip",))
+    arms = _arms(config, tiny.pair())
+    assert {arm._draft_window for arm in arms.values()} == {7}
+    assert len(arms) == len(config.gammas) + len(config.arms) + 1
 
 
 def test_a_refused_start_leaves_no_folder_and_nothing_that_was_measured_goes(models, tmp_path):
@@ -115,7 +124,8 @@ def test_ratios_are_of_times_measured_and_at_equal_prices():
     assert (row["draft_share"], row["verify_share"]) == (0.25, 0.5)
     assert found["arms"]["fixed 0"]["measured_over_ours"][0] == pytest.approx(0.625)
     # rounds of two drafted tokens took 10 or 12.5 ms: at equal prices the two arms are one
-    assert found["round_ms"] == pytest.approx({"0+0": 20.0, "1+0": 8.0, "2+0": 11.25})
+    # and what a draft read late, where none was drafted, is no part of the price
+    assert found["round_ms"] == pytest.approx({"0+0": 15.0, "1+0": 8.0, "2+0": 11.25})
     assert row["priced_over_best_fixed"] == pytest.approx((1.0, 1.0, 1.0))
     assert row["priced_over_oracle"][0] == pytest.approx(8 / 11.25)
 

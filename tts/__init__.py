@@ -16,6 +16,7 @@ _PUBLIC = {
     "load_pair": "tts.models",
     "load_state": "tts.state",
     "load_target": "tts.models",
+    "save_adapter": "tts.state",
     "save_state": "tts.state",
 }
 

@@ -224,9 +224,9 @@ class Coupled:
 class Recorded:
     """Commits a recorded token path, whatever the pass would have chosen.
 
-    Outside float32 the target's logits depend on the number of rows in a pass, so paired arms can
-    only share their text by force: drafts are accepted where they equal the path, and the pass's
-    own differing choices are counted.
+    Where the target's logits depend on the number of rows in a pass (INT8, NF4, a GPU), paired arms
+    can only share their text by force: drafts are accepted where they equal the path, and what the
+    pass would have chosen otherwise is counted.
 
     Args:
         path: tokens of this generation; ``path[0]`` stands at absolute position ``start``.

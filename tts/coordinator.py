@@ -78,10 +78,12 @@ class Coordinator:
 
     def lesson(self, drafter: TrainableDrafter) -> Lesson:
         """A sequence begins; under scope ``sequence`` everything learned before is dropped."""
-        if self.config.scope == "sequence" and self.learner.adapter.version:
-            self.learner.reset()
-            self.learner.adapter.write()
-            self._forget()
+        if self.config.scope == "sequence":
+            self._wall_ms = self._spent_ms = 0.0
+            if self.learner.adapter.version:
+                self.learner.reset()
+                self.learner.adapter.write()
+                self._forget()
         return Lesson(drafter, Evidence(self.config.capacity))
 
     def observe(self, lesson: Lesson, rows: Rows, drafted: bool, round_ms: float) -> None:
@@ -114,12 +116,13 @@ class Coordinator:
         if lesson.evidence.since(lesson.learned) < self.config.stride * self._patience:
             return None
         began = time.perf_counter()
-        rows = lesson.evidence.window(self.config.window, settled)
         least = lesson.drafter.least_rows
-        if rows is None or len(rows) < least or rows.end <= lesson.learned:
+        found = lesson.evidence.windows(self.config.window, settled)
+        parts = [rows for rows in found if len(rows) >= least]
+        if not parts or parts[0].end <= lesson.learned:
             return None
-        record = self._step(lesson, sequence, rows, temperature)
-        lesson.learned = rows.end
+        record = self._step(lesson, sequence, parts, temperature)
+        lesson.learned = parts[0].end
         record.update_ms = 1000 * (time.perf_counter() - began)
         self._spent_ms += record.update_ms
         self._wall_ms += record.update_ms
@@ -131,24 +134,28 @@ class Coordinator:
         self,
         lesson: Lesson,
         sequence: list[int],
-        rows: Rows,
+        parts: list[Rows],
         temperature: float,
     ) -> UpdateRecord:
+        """Learn from the newest rows, ``parts`` of them where a prompt lies in between."""
         learner, config, drafter = self.learner, self.config, lesson.drafter
-        least = drafter.least_rows
-        newest = drafter.window(sequence, rows)
+        newest = [drafter.window(sequence, rows) for rows in parts]
         # rows that an earlier step has seen say nothing about what it taught
-        fresh = max(rows.first, lesson.learned)
-        bare = None
+        fresh = [max(rows.first, lesson.learned) for rows in parts if rows.end > lesson.learned]
+        bare: list[torch.Tensor] = []
         if config.guard or config.proximal > 0:
-            bare = drafter.bare(self._draft, sequence, newest, fresh, not learner.taught)
+            for window, first in [*zip(newest, fresh, strict=False)][::-1]:  # as they were read
+                logits = drafter.bare(self._draft, sequence, window, first, not learner.taught)
+                bare.insert(0, logits)
         drawn = [
-            lesson.evidence.draw(config.window, rows.first, learner.random)
+            lesson.evidence.draw(config.window, parts[-1].first, learner.random)
             for _ in range(config.replay)
         ]
-        older = [drafter.window(sequence, old) for old in drawn if old and len(old) >= least]
+        older = [
+            drafter.window(sequence, old) for old in drawn if old and len(old) >= drafter.least_rows
+        ]
         judged = learner.adapter.snapshot()  # the gain is that of the adapter before the step
-        step = learner.step([newest, *older], temperature, bare, fresh)
+        step = learner.step([*newest, *older], temperature, bare, fresh)
         gain = step.gain if config.guard else None
         taken_back = None if gain is None else self._judge(gain, judged)
         learner.adapter.write()

@@ -99,6 +99,14 @@ class Evidence:
         last = min(end, whole.end) - whole.first
         return whole[max(0, last - count) : last]
 
+    def windows(self, count: int, end: int) -> list[Rows]:
+        """The newest ``count`` rows before position ``end``, cut at gaps, the newest part first."""
+        found: list[Rows] = []
+        while count > 0 and (rows := self.window(count, end)) is not None:
+            found.append(rows)
+            count, end = count - len(rows), rows.first
+        return found
+
     def draw(self, count: int, end: int, random: torch.Generator) -> Rows | None:
         """A window that ends at a random position before ``end``."""
         parts = [part for part in self._parts if part.end <= end]

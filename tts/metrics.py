@@ -37,7 +37,10 @@ def acceptance_rate_per_offset(rounds: Sequence[RoundRecord]) -> list[float]:
 
 
 def mean_overlap(rounds: Sequence[RoundRecord]) -> float | None:
-    """Mean of sum_x min(p, q) over committed positions; does not depend on gamma."""
+    """Mean of sum_x min(p, q) over committed positions.
+
+    It does not depend on gamma, unless the draft reads states of its own (EAGLE-3).
+    """
     values = [value for r in rounds for value in r.overlap]
     return sum(values) / len(values) if values else None
 

@@ -1,6 +1,7 @@
 """What a decoder has learned, as one safetensors file: adapter, optimizer, guard, gamma MLP.
 
-The file holds tensors, and JSON in its header for numbers and strings; nothing is pickled.
+The file holds tensors, and JSON in its header for numbers and strings; nothing is pickled. The
+adapter alone can be written in PEFT's own layout, for other programs.
 """
 
 import json
@@ -63,6 +64,24 @@ def load_state(decoder: SpeculativeDecoder, file: Path) -> None:
         decoder.coordinator.load_state_dict(draft)
     policy = {k.removeprefix("policy."): v for k, v in state.items() if k.startswith("policy.")}
     decoder.policy.load_state_dict(policy)
+
+
+def save_adapter(decoder: SpeculativeDecoder, folder: Path | str) -> None:
+    """Write the draft's adapter as PEFT does, for `PeftModel.from_pretrained(draft, folder)`.
+
+    There ``draft`` is one as transformers runs it: from ``load_pair(..., stock=True)``, or its own
+    `from_pretrained`. Ours multiplies joined weights, of which PEFT knows nothing.
+
+    Raises:
+        UserError: if the draft does not learn, or ``folder`` cannot be written.
+    """
+    if decoder.coordinator is None:
+        raise UserError("adapter: this draft does not learn and has none: give the decoder distill")
+    model = decoder.coordinator.learner.adapter.model
+    try:
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"adapter: cannot write {folder} ({error}): choose another place") from None
 
 
 def _state(decoder: SpeculativeDecoder) -> dict[str, Any]:

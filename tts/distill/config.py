@@ -31,8 +31,8 @@ class DistillConfig:
         proximal: weight of KL(bare draft || draft), which holds the adapter near nothing.
         capacity: positions of evidence that are kept.
         guard: compare with the bare draft, and take back what loses against it.
-        max_update_share: of wall time, for everything that learning costs; 1 sets no limit, so that
-            the schedule depends on the text alone.
+        max_update_share: of wall time, for updates; 1 sets no limit, so that their schedule depends
+            on the text alone.
         scope: ``sequence`` starts anew with every sequence, ``session`` carries on.
         keys: what becomes of the draft's cached keys after a step: ``keep`` them as they are, or
             ``recompute`` those of the newest ``window`` positions.

@@ -5,7 +5,7 @@ loss compares its rows with the target's at the decoding temperature, without tr
 adapter moves. Steps happen between rounds, so the q that drafted is the q that is tested.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,7 +47,7 @@ class Step(NamedTuple):
 
     loss: float
     grad_norm: float
-    overlap: float  # mean over the newest window's rows, before the step
+    overlap: float  # mean over the newest rows, before the step
     gain: float | None  # of the adapted draft's overlap over the bare one's, at the fresh rows
     lost_mass: float  # of the target outside the draft's vocabulary
     skipped: bool  # the loss or a gradient was not finite, and nothing moved
@@ -120,23 +120,24 @@ class Learner:
         self,
         windows: list[Window],
         temperature: float,
-        bare: torch.Tensor | None = None,
-        fresh: int = 0,
+        bare: Sequence[torch.Tensor] = (),
+        fresh: Sequence[int] = (),
     ) -> Step:
-        """Learn from ``windows``, the newest first.
+        """Learn from ``windows``, the newest first; each row counts alike.
 
         Args:
             windows: evidence and contexts.
             temperature: at which p and q are compared.
-            bare: logits of the bare draft where the newest window's replay predicts position
-                ``fresh`` or later, to compare with and for the proximal term.
-            fresh: absolute position.
+            bare: of the first windows, logits of the bare draft where the replay predicts position
+                ``fresh`` or later, to compare with and for the proximal term (none: no comparison).
+            fresh: absolute positions.
         """
         config = self.config
         for group in self._optimizer.param_groups:
             group["lr"] = self.rate * min(1.0, (self.steps + 1) / max(1, config.warmup))
         with torch.enable_grad():
             losses, compared = [], []
+            rows = torch.tensor([float(len(w.rows)) for w in windows], device=self._head.device)
             for window in windows:
                 said = self._family.replay(self.adapter.model.get_base_model(), window)
                 log_p = self.log_p(window.rows, temperature)[said.row]
@@ -144,13 +145,17 @@ class Learner:
                 weight = said.weight / said.weight.sum()
                 losses.append(LOSSES[config.loss](log_p, log_q) @ weight)
                 compared.append((said, log_p, log_q))
-            loss = torch.stack(losses).mean()
-            said, log_p, log_q = compared[0]
-            new = said.row >= fresh - windows[0].rows.first
-            if bare is not None:
-                log_q_bare = self.normalised(bare, temperature)
-                if config.proximal:
-                    loss = loss + config.proximal * forward_kl(log_q_bare, log_q[new]).mean()
+            loss = torch.stack(losses) @ (rows / rows.sum())
+            judged = [  # which rows no step has seen, and the bare draft's q there
+                (said.row >= first - window.rows.first, self.normalised(logits, temperature))
+                for (said, _, _), window, first, logits in zip(
+                    compared, windows, fresh, bare, strict=False
+                )
+            ]
+            if judged and config.proximal:
+                pairs = zip(compared, judged, strict=False)
+                far = [forward_kl(bare_q, log_q[new]) for (_, _, log_q), (new, bare_q) in pairs]
+                loss = loss + config.proximal * torch.cat(far).mean()
             loss.backward()
         norm = clip_grad_norm_(self.adapter.parameters().values(), config.clip)
         skipped = not bool(torch.isfinite(norm) & torch.isfinite(loss))
@@ -159,13 +164,19 @@ class Learner:
             self.steps += 1
             self.taught = True
         self._optimizer.zero_grad()
-        lost_mass = (1 - log_p.exp().sum(-1).mean()).clamp(min=0)  # rounding
-        shared, gain = overlap(log_p, log_q.detach()), None
-        if bare is not None:
-            gain = float((shared[new] - overlap(log_p[new], log_q_bare)).mean())
+        lost_mass = (1 - compared[0][1].exp().sum(-1).mean()).clamp(min=0)  # rounding
+        newest = compared[: max(1, len(fresh))]
+        shared, gain = [overlap(log_p, log_q.detach()) for _, log_p, log_q in newest], None
+        if judged:
+            won = [
+                ours[new] - overlap(log_p[new], bare_q)
+                for ours, (_, log_p, _), (new, bare_q) in zip(shared, newest, judged, strict=True)
+            ]
+            gain = float(torch.cat(won).mean())
         return Step(
-            float(loss.detach()), float(norm), float(shared.mean()), gain, float(lost_mass), skipped
-        )
+            float(loss.detach()), float(norm), float(torch.cat(shared).mean()), gain,
+            float(lost_mass), skipped,
+        )  # fmt: skip
 
     def log_p(self, rows: Rows, temperature: float) -> torch.Tensor:
         """log p of the draft's ids at ``rows`` `[R, ids]`, not renormalised."""
