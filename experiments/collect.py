@@ -38,18 +38,26 @@ class Watched(Plain):
 
 
 class InTurn(Plain):
-    """Drafts 0, 1, ..., cap tokens in turn and keeps the time of each."""
+    """Drafts 0, 1, 1, 2, ..., cap tokens in turn and keeps the time of each.
+
+    But not of the first after a round of none, in which the draft reads what it has missed.
+    """
 
     def __init__(self, cap: int) -> None:
         super().__init__(cap)
         self._rounds = 0
+        self._behind = False
         self.ms: list[list[float]] = [[] for _ in range(cap + 1)]
 
     def plan(self, state: RoundState) -> int:
         self._rounds += 1
-        return min(self._rounds % (self.cap + 1), state.limit)
+        turn = self._rounds % (self.cap + 2)
+        return min(turn if turn < 2 else turn - 1, state.limit)
 
     def observe(self, outcome: RoundOutcome) -> None:
+        behind, self._behind = self._behind, not outcome.num_drafted
+        if behind and outcome.num_drafted:
+            return
         self.ms[outcome.num_drafted].append(outcome.draft_ms + outcome.verify_ms)
 
 

@@ -13,9 +13,11 @@ from controllers import CAP, make_policy
 from controllers.mlp import Mlp
 from experiments import fit, replay, signals, steps
 from experiments.cli import main
+from experiments.collect import InTurn
 from tests import tiny
 from tts.errors import UserError
 from tts.fingerprint import model_fingerprint
+from tts.policy import RoundOutcome, RoundState, Signals
 
 ROUND_MS = [10.0, 12.0, 14.0, 16.0, 18.0, 20.0, 22.0, 24.0, 26.0]
 
@@ -193,6 +195,17 @@ def test_states_of_other_records_and_too_few_prompts_are_refused(tmp_path, capsy
     steps.write_hidden(file, [torch.zeros(8, 4)], "a")
     assert main(["fit", f"--records=[{file}]", f"--out={tmp_path / 'out'}"]) == 2
     assert "a split needs 5" in capsys.readouterr().err
+
+
+def test_a_draft_that_first_reads_what_it_missed_is_not_timed():
+    turns, state, drafted = InTurn(2), RoundState(0, 9, 8), []
+    for _ in range(8):
+        drafted.append(gamma := turns.plan(state))
+        said = [Signals(j, 1.0, 0.5, 0.5) for j in range(gamma)]
+        late = gamma > 0 and drafted[-2:-1] == [0]
+        turns.observe(RoundOutcome(state, 0, said, list, 50.0 if late else gamma, 30.0))
+    assert drafted == [1, 1, 2, 0] * 2
+    assert turns.ms == [[30.0] * 2, [31.0] * 3, [32.0] * 2]
 
 
 def test_records_are_never_written_over(recorded, capsys):
