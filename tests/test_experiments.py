@@ -375,6 +375,17 @@ def test_what_a_draft_learned_in_one_conversation_goes_on_in_the_next(tts, tmp_p
         assert says in err
 
 
+def test_recorded_answers_are_committed_whole(tts, tmp_path):
+    path = tmp_path / "long.json"
+    assert tts("record", f"--out={path}", "--turn-tokens=35")[0] == 0
+    recorded = [len(answer) for d in PathFile.read(str(path)).dialogues for answer in d.answers]
+    assert max(recorded) > 20, "or the runs' own limit of 20 could cut nothing"
+    code, out, _ = tts("run", f"--path={path}", "--arms=[static]")
+    assert code == 0
+    static = json.loads(out.splitlines()[-1])["arms"]["static"]
+    assert static["num_emitted_tokens"] == sum(recorded)
+
+
 def test_compare_joins_runs_and_leaves_out_what_not_every_arm_finished(tts, tmp_path, capsys):
     assert tts("run", "--arms=[static,target]", "--run-id=a", "--conversations=1")[0] == 0
     assert tts("run", "--arms=[static,target]", "--run-id=b")[0] == 0
