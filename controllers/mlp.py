@@ -9,8 +9,8 @@ round at gamma = 0), one more token pays while
     P(all drafted so far are accepted) * P(the next one is) >= lambda * (its cost in passes).
 
 Before the first token the gain of drafting at all is weighed in the same way: by what the last
-draft said or, a round later, by what is usual. Where both say no, a rare probe drafts nevertheless
-(`controllers.probe`).
+draft said or, a round later, by what is usual. Where both say no, and drafting has lost some tokens
+lately, it rests, and a rare probe drafts nevertheless (`controllers.probe`).
 """
 
 import json
@@ -186,21 +186,21 @@ class Mlp:
         if not own:
             return
         accepted = outcome.num_accepted
-        # on average the labels reached sum up to the tokens accepted, with less noise; where they
-        # are not heard, what came of it says less than how likely that was, and costs nothing
-        labels = outcome.acceptance() if heard else [1.0] * accepted + [0.0]
-        gain = sum(labels) - self.rate * (passes - 1)
+        cost = self.rate * (passes - 1)  # in tokens
         if not self._probe.on:
-            lost = self._lost + self.rate * (passes - 1) - accepted
-            self._lost = min(max(lost, 0.0), PATIENCE)
+            self._lost = min(max(self._lost + cost - accepted, 0.0), PATIENCE)
         if heard:
+            labels = outcome.acceptance()
             fresh = self._history.follow((outcome.state, own, labels, accepted))
+            # on average the labels reached sum up to the tokens accepted, with less noise
+            gain = sum(labels) - cost
             foreseen = self._gain(self._foreseen, min(self.cap, outcome.state.limit))
             self._option += OPTION * (gain - foreseen - self._option)
             self._probe.judge(gain, behind)
             if self.learning:
                 self._learn(fresh)
-        else:
+        else:  # what came of it says less than how likely that was, and costs nothing
+            labels = [1.0] * accepted + [0.0]
             self._history.pass_by(own, labels[: len(own)], accepted)
         if self.learning:
             self._watch(labels)
@@ -275,6 +275,5 @@ class Mlp:
 NUMBERS = {
     "seen": int, "tokens": float, "passes": float, "behind": bool, "survival": float,
     "off": float, "foreseen": float, "option": float, "resting": bool, "rested": int,
-    "lost": float,
-    "look": int, "drafts": int,
+    "lost": float, "look": int, "drafts": int,
 }  # fmt: skip

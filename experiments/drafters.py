@@ -93,8 +93,7 @@ def drafters(config: Drafters) -> dict[str, Any]:
         raise UserError("path: give a file of `tts record`")
     path = PathFile.read(config.path)
     path.check_text(config)
-    path.check_target(config)
-    path.check_compression(config.compression)
+    path.check_target(config, config.compression)
     # looping text flatters whatever copies or learns: those windows are left out of the path
     dialogues = [_until_loop(d) for d in path.dialogues[: config.conversations or None]]
     names = config.drafters

@@ -148,10 +148,10 @@ def _arms(config: Policies, pair: ModelPair) -> dict[str, SpeculativeDecoder]:
         policy = build_policy(ARMS[name].policy or "fixed", gamma, pair, config)
         return build(name, pair, config, policy, remember=config.remember)
 
-    made = {f"fixed {gamma}": arm("window", gamma) for gamma in config.gammas}
-    if "fixed 0" in made:  # it pays for nobody's overlap
-        alone = pair._replace(draft=PromptLookup())
-        made["fixed 0"] = build("target", alone, config, make_policy("fixed", gamma=0))
+    # gamma 0 pays for nobody's overlap
+    alone = pair._replace(draft=PromptLookup())
+    none = build("target", alone, config, make_policy("fixed", gamma=0))
+    made = {f"fixed {gamma}": arm("window", gamma) if gamma else none for gamma in config.gammas}
     made |= {name: arm(name) for name in config.arms}
     for name in config.or_none:
         decoder = arm(name)

@@ -268,8 +268,7 @@ def _texts(config: Run) -> list[Dialogue] | list[RecordedDialogue]:
         return dialogues(config)
     path = PathFile.read(config.path)
     path.check_text(config)
-    path.check_target(config)
-    path.check_compression(config.compression)
+    path.check_target(config, config.compression)
     return path.dialogues[: config.conversations or None]
 
 

@@ -97,8 +97,7 @@ def sweep(config: Sweep) -> dict[str, Any]:
         raise UserError("path: give a file of `tts record`")
     settings = config.settings()
     path = PathFile.read(config.path)
-    path.check_target(config)
-    path.check_compression(config.compression)
+    path.check_target(config, config.compression)
     sampling = Sampling(path.temperature, path.top_k, path.top_p, 0.0, path.repetition_penalty)
     pair = config.load(config.draft, config.compression)
     head = teacher_head(pair.target) if config.draft_updates else None

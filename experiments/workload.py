@@ -82,16 +82,13 @@ class PathFile:
         _check_ids(dialogues)
         return made
 
-    def check_target(self, options: TargetOptions) -> None:
-        """Tokens are those of one target, whatever its compression."""
+    def check_target(self, options: TargetOptions, compression: str | None = None) -> None:
+        """Tokens, and what is said of them, are of one target (None: however compressed)."""
         if self.target != options.target:
             raise UserError(
                 f"target: {options.target!r} did not write this path, {self.target!r} did"
             )
-
-    def check_compression(self, compression: str) -> None:
-        """What the target says of its own words depends on its weights."""
-        if self.compression != compression:
+        if compression not in (None, self.compression):
             raise UserError(
                 f"compression: {compression} is not the {self.compression} that the path "
                 "was recorded with: record one of its own"

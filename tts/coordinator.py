@@ -142,11 +142,13 @@ class Coordinator:
         newest = [drafter.window(sequence, rows) for rows in parts]
         # rows that an earlier step has seen say nothing about what it taught
         fresh = [max(rows.first, lesson.learned) for rows in parts if rows.end > lesson.learned]
-        bare: list[torch.Tensor] = []
+        unseen = [*zip(newest, fresh, strict=False)]
+        bare = []
         if config.guard or config.proximal > 0:
-            for window, first in [*zip(newest, fresh, strict=False)][::-1]:  # as they were read
-                logits = drafter.bare(self._draft, sequence, window, first, not learner.taught)
-                bare.insert(0, logits)
+            bare = [  # in the order of the text, which it reads
+                drafter.bare(self._draft, sequence, window, first, not learner.taught)
+                for window, first in unseen[::-1]
+            ][::-1]
         drawn = [
             lesson.evidence.draw(config.window, parts[-1].first, learner.random)
             for _ in range(config.replay)
