@@ -430,6 +430,8 @@ def test_sweep_replays_a_path_under_every_setting(tts, models, tmp_path):
     assert deaf["distill"] is None
     assert deaf["thirds"]["a"]["online"] == pytest.approx(static, abs=1e-3)
     assert heard["thirds"]["a"]["online"] != pytest.approx(static, abs=1e-2)
+    code, _, err = tts("sweep", f"--path={path}", "--compression=int8", text=False)
+    assert (code, "compression: int8 is not the none" in err) == (2, True)
     for field in ("speed", "memory.speed"):
         code, _, err = tts("sweep", f"--path={path}", f'--vary={{"{field}": [1]}}', text=False)
         assert code == 2

@@ -12,6 +12,7 @@ from experiments.policies import Policies, _arms, compare
 from experiments.results import Results
 from experiments.turns import _cut
 from tests import tiny
+from tts.drafting import PromptLookup
 from tts.errors import UserError
 from tts.policy import RoundOutcome, RoundState, Signals
 from tts.records import RoundRecord
@@ -81,6 +82,8 @@ def test_all_lengths_are_compared_with_one_draft():
     config = Policies(window=7, arms=("gamma", "svip", "oracle"), or_none=("svip",))
     arms = _arms(config, tiny.pair())
     assert {arm._draft_window for arm in arms.values()} == {7}
+    models = {name for name, arm in arms.items() if not isinstance(arm.pair.draft, PromptLookup)}
+    assert arms.keys() - models == {"fixed 0"}, "it pays for nobody's overlap"
     assert len(arms) == len(config.gammas) + len(config.arms) + 1
 
 
