@@ -28,15 +28,16 @@ from tts.policy import RoundOutcome, RoundState, Signals
 
 RATE, OPTION = 1 / 32, 1 / 64  # per round, for realised tokens per pass and gain of drafting
 SURE = 1.2  # times the acceptance at which a first token pays: more than that is not questioned
-PATIENCE = 4.0  # tokens that drafting may lose before it ends: only a rare probe ends a rest
-LOOK = 1 / 64  # chance to draft one token more than pays
+PATIENCE = 8.0  # tokens that drafting may lose before it ends: only a rare probe ends a rest
+LOOK = 1 / 128  # chance to draft one token more than pays
 REST = 4  # of so many rounds at gamma 0 one is timed: what passes wait for slows them fivefold
-REPLAY, BATCH = 512, 56
+REPLAY, BATCH = 2048, 56
 # of so many drafted rounds one teaches, for that takes time; all of the first, and all while the
 # newest predictions are off by so much
 HEARD, FIRST, ALARM = 4, 32, 0.075
 EVERY = 16  # new rows between two lessons: numpy's many small calls after each round add up
-STEP_SIZE, FIT_SIZE = 0.006, 0.01  # of Adam, while decoding and offline
+# of Adam, while decoding and offline: large steps wander about what is known already
+STEP_SIZE, FIT_SIZE = 0.0015, 0.01
 # steps of Adam forget little, but follow a change of regime slowly: meanwhile the mean error of the
 # newest labels moves an offset of all predictions, in logits, which fades (shares a label)
 NEWEST, SHIFT, FADE = 1 / 16, 1 / 8, 1 / 128
