@@ -237,10 +237,10 @@ class Mlp:
         self._fresh += fresh
         if len(self._fresh) < EVERY:
             return
-        slots = np.arange(self._seen, self._seen + len(self._fresh)) % REPLAY
+        slots = np.arange(self._seen, self._seen + len(self._fresh)) % len(self._replay)
         self._replay[slots], self._fresh = self._fresh, []
         self._seen += len(slots)
-        old = self._rng.integers(0, min(self._seen, REPLAY), BATCH)
+        old = self._rng.integers(0, min(self._seen, len(self._replay)), BATCH)
         self.network.step(columns(self._replay[np.concatenate([slots, old])]), STEP_SIZE)
 
     def _watch(self, labels: list[float]) -> None:
@@ -264,7 +264,8 @@ class Mlp:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state)
-        self._replay[:], self._fresh = state["replay"], state["fresh"].tolist()
+        # as long as it was: a state outlives the setting
+        self._replay, self._fresh = np.array(state["replay"]), state["fresh"].tolist()
         self._history.values = [float(value) for value in state["history"]]
         self._rng.bit_generator.state = json.loads(state["rng"])
         for name, kind in NUMBERS.items():

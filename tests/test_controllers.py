@@ -21,7 +21,7 @@ from controllers.hazard import (
     loss_and_gradient,
     split,
 )
-from controllers.mlp import PATIENCE, Mlp
+from controllers.mlp import PATIENCE, REPLAY, Mlp
 from controllers.probe import Probe
 from tests.test_policies import STATE, said
 from tts.errors import UserError
@@ -169,9 +169,12 @@ def test_equal_seeds_choose_alike_and_others_do_not():
     assert choices(3) != choices(4)
 
 
-def test_a_loaded_state_goes_on_exactly():
+@pytest.mark.parametrize("replay", [48, REPLAY])
+def test_a_loaded_state_goes_on_exactly(replay, monkeypatch):
     worlds = World(0.5, telling=True), World(0.5, telling=True)
-    policies = make_policy("mlp"), make_policy("mlp")
+    with monkeypatch.context() as older:
+        older.setattr("controllers.mlp.REPLAY", replay)  # of the version that saved it
+        policies = make_policy("mlp"), make_policy("mlp")
     for world, policy in zip(worlds, policies, strict=True):
         world.drafted(policy, 100)
     stored = {  # as safetensors and JSON would keep it
