@@ -113,21 +113,22 @@ def _few_rows(
     before = rows - (context - edge)
     if before > 0 and not bidirectional:
         early = key[:, :, :edge], value[:, :, :edge]
-        parts = ((query[:, :, :before], *early), (query[:, :, before:], key, value))
-        return torch.cat([_few_rows(*part, scaling, bidirectional) for part in parts], 2)
+        blocks = ((query[:, :, :before], *early), (query[:, :, before:], key, value))
+        return torch.cat([_few_rows(*block, scaling, bidirectional) for block in blocks], 2)
     goes_on = _goes_on(key, width) and _goes_on(value, width)
-    if goes_on:
-        key = key.as_strided((batch, key_heads, width, head_dim), key.stride())
-        value = value.as_strided((batch, key_heads, width, head_dim), value.stride())
-    else:
+    if not goes_on:
         width = context
     together = query.reshape(batch, key_heads, shared * rows, head_dim)
     spare = _spare_rows(shared * rows, head_dim)
     if spare:
         zeros = query.new_zeros(batch, key_heads, spare, head_dim)
         together = torch.cat([together, zeros], 2)
-    mask = _mask_of(rows, shared, spare, context, width, bidirectional, query.dtype)
-    if goes_on and context > SHORT and batch == 1 and not torch.is_grad_enabled():
+    long = goes_on and context > SHORT and batch == 1 and not torch.is_grad_enabled()
+    parts = HALVES if long else 1
+    mask = _mask_of(rows, shared, spare, context, width, parts, bidirectional, query.dtype)
+    if goes_on:
+        key, value = _parted(key, width, parts), _parted(value, width, parts)
+    if long:
         output = _by_halves(together, key, value, mask, scaling)
     else:
         output = F.scaled_dot_product_attention(together, key, value, mask, scale=scaling)
@@ -140,13 +141,8 @@ def _by_halves(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
 ) -> torch.Tensor:
     """`[1, key_heads, rows, head_dim]`, from halves of the keys; a row sees some of either."""
-    keys, values = (x[0].unflatten(1, (HALVES, -1)).transpose(0, 1) for x in (key, value))
     said, log_mass = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query.expand(HALVES, -1, -1, -1),
-        keys,
-        values,
-        attn_mask=mask.unflatten(1, (HALVES, -1)).transpose(0, 1)[:, None],
-        scale=scaling,
+        query.expand(HALVES, -1, -1, -1), key, value, attn_mask=mask, scale=scaling
     )
     return _joined(said, log_mass).to(query.dtype)
 
@@ -154,10 +150,11 @@ def _by_halves(
 def _joined(said: torch.Tensor, log_mass: torch.Tensor) -> torch.Tensor:
     """sum_h o_h exp(m_h) / sum_h exp(m_h), with o_h what half h says and m_h its log mass.
 
-    PyTorch's softmax would round a row by its place among the others.
+    PyTorch's softmax and sigmoid would round a row by its place among the others.
     """
-    mass = (log_mass - log_mass.amax(0)).exp()[..., None]
-    return (said * mass).sum(0, keepdim=True) / mass.sum(0)
+    first, second = said.float()
+    share = 1 / (1 + (log_mass[1] - log_mass[0]).exp())[..., None]
+    return torch.lerp(second, first, share)[None]
 
 
 def _spare_rows(rows: int, head_dim: int) -> int:
@@ -175,6 +172,15 @@ def _goes_on(x: torch.Tensor, context: int) -> bool:
     return end <= x.untyped_storage().nbytes()
 
 
+def _parted(x: torch.Tensor, width: int, parts: int) -> torch.Tensor:
+    """The ``width`` positions that begin with those of ``x``, side by side as so many sequences."""
+    batch, heads, _, dim = x.shape
+    over_batch, *over = x.stride()
+    if parts > 1:
+        batch, over_batch = parts, width // parts * over[1]
+    return x.as_strided((batch, heads, width // parts, dim), (over_batch, *over))
+
+
 @lru_cache(maxsize=16)
 def _mask_of(
     rows: int,
@@ -182,17 +188,18 @@ def _mask_of(
     spare: int,
     context: int,
     width: int,
+    parts: int,
     bidirectional: bool,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """What is added to the scores of ``shared`` heads, `[shared * rows + spare, width]`."""
+    """Added to the scores of ``shared`` heads, `[parts, 1, shared * rows + spare, each]`."""
     with torch.inference_mode(False):  # learning reads it, too
         seen = torch.full([rows, 1], context)
         if not bidirectional:
             seen -= torch.arange(rows - 1, -1, -1)[:, None]
         hidden = (torch.arange(width) >= seen).repeat(shared, 1)
         mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, -torch.inf)
-        return F.pad(mask, (0, 0, 0, spare))
+        return F.pad(mask, (0, 0, 0, spare)).unflatten(1, (parts, -1)).transpose(0, 1)[:, None]
 
 
 def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
