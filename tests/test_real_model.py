@@ -177,17 +177,17 @@ def test_the_draft_that_is_taken_unless_another_is_named(pair):
     make_policy("specdecpp", draft=model_fingerprint(pair.draft_model))
 
 
-def test_a_memory_helps_the_shipped_draft(half):
-    path = PathFile.read(str(FOLDER / "paths" / "tune.json")).dialogues[0]
+def test_a_memory_helps_the_shipped_draft_where_text_comes_back(half):
+    path = PathFile.read(str(FOLDER / "paths" / "tune.json")).dialogues[3]
     means = {}
     for memory in (None, Memory()):
         decoder = SpeculativeDecoder(
             half, policy=make_policy("fixed", gamma=0), acceptance="coupled", memory=memory
         )
-        done = decode(decoder, path, TextOptions(max_new_tokens=256))
+        done = decode(decoder, path, TextOptions(max_new_tokens=128))
         values = [x for record in done.rounds for x in record.overlap]
         means[memory is None] = sum(values) / len(values)
-    assert means[False] > 1.01 * means[True]
+    assert means[False] > 1.02 * means[True]
 
 
 def test_the_shipped_drafts_are_small():
