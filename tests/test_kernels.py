@@ -50,13 +50,14 @@ def test_attention_equals_a_masked_softmax(rows, context, heads, batch):
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("context", [SHORT - 1, SHORT + 1, SHORT + STEP])
 @pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @torch.inference_mode()
 def test_attention_does_not_see_what_its_buffer_holds_behind_the_context(
-    bidirectional, rows, context, batch
+    bidirectional, rows, context, batch, dtype
 ):
     torch.manual_seed(0)
-    query = torch.randn(batch, 6, rows, 16)
-    keys, values = torch.randn(2, batch, 2, SHORT + STEP + 1, 16)
+    query = torch.randn(batch, 6, rows, 16, dtype=dtype)
+    keys, values = torch.randn(2, batch, 2, SHORT + STEP + 1, 16, dtype=dtype)
     seen = [x[:, :, :context] for x in (keys, values)]
     before, _ = attention(nn.Identity(), query, *seen, None, bidirectional=bidirectional)
     for x in (keys, values):

@@ -152,7 +152,7 @@ def _joined(said: torch.Tensor, log_mass: torch.Tensor) -> torch.Tensor:
 
     PyTorch's softmax and sigmoid would round a row by its place among the others.
     """
-    first, second = said.float()
+    first, second = said.to(log_mass.dtype)
     share = 1 / (1 + (log_mass[1] - log_mass[0]).exp())[..., None]
     return torch.lerp(second, first, share)[None]
 
